@@ -1,0 +1,11 @@
+//! `stratascope encode`.
+
+use anyhow::{Result, bail};
+
+/// Arguments of `encode`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {}
+
+pub(crate) fn run(_args: &Args) -> Result<()> {
+    bail!("not built yet")
+}

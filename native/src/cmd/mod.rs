@@ -1,0 +1,12 @@
+//! One file a command: arguments with their help, and a thin `run` over the library.
+
+pub(crate) mod convert;
+pub(crate) mod doctor;
+pub(crate) mod encode;
+pub(crate) mod eval;
+pub(crate) mod features;
+pub(crate) mod harvest;
+pub(crate) mod inspect;
+pub(crate) mod lm;
+pub(crate) mod site;
+pub(crate) mod train;

@@ -1,0 +1,11 @@
+//! `stratascope train`.
+
+use anyhow::{Result, bail};
+
+/// Arguments of `train`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {}
+
+pub(crate) fn run(_args: &Args) -> Result<()> {
+    bail!("not built yet")
+}

@@ -1,0 +1,1 @@
+//! The fast CPU backend: blocked f32 products on all cores.

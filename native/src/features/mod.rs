@@ -1,0 +1,1 @@
+//! What each latent responds to, collected into a pack.

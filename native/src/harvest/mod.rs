@@ -1,0 +1,1 @@
+//! From text to a store: tokens through the language model, taps into shards.

@@ -1,0 +1,1 @@
+//! Finding and loading language models and tokenizers.

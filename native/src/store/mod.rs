@@ -1,0 +1,1 @@
+//! Activation stores on disk: shards, manifest, reader and writer.

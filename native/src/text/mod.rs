@@ -1,0 +1,1 @@
+//! Reading text files of every supported kind as documents.

@@ -1,0 +1,1 @@
+//! Training sparse autoencoders: schedules, optimiser, the step, checkpoints, the loop.

@@ -1,0 +1,23 @@
+//! The mathematics and the file formats of Stratascope, without I/O, threads or a clock.
+//!
+//! Everything here builds natively and for `wasm32-unknown-unknown`. One module owns one idea:
+//!
+//! - [`rows`]: checked row-major matrix views; [`codes`]: sparse latent activations.
+//! - [`sae`]: the one in-memory form of released weights, latent-major.
+//! - [`forward`]: the seam every backend implements; [`reference`]: its f64 meaning.
+//! - [`certify`]: how a fast backend reaches exactly the reference's active set.
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests assert by panicking"))]
+
+pub mod certify;
+pub mod codes;
+pub mod error;
+pub mod forward;
+pub mod reference;
+pub mod rows;
+pub mod sae;
+
+pub use codes::{Codes, CodesBuilder};
+pub use error::ShapeError;
+pub use forward::{Dims, Forward};
+pub use rows::Rows;
+pub use sae::{Activation, Sae, SaeParts};
