@@ -54,7 +54,14 @@ impl Margins {
 /// Decides latent `latent` of a thresholded dictionary given its f32 estimate `z_estimate`:
 /// the value to store when active, `None` when not. Inside the margin the f64 reference decides.
 #[must_use]
-pub fn decide(sae: &Sae, x: &[f32], latent: usize, z_estimate: f32, margin: f32, threshold: f32) -> Option<f32> {
+pub fn decide(
+    sae: &Sae,
+    x: &[f32],
+    latent: usize,
+    z_estimate: f32,
+    margin: f32,
+    threshold: f32,
+) -> Option<f32> {
     if z_estimate > threshold + margin {
         return Some(z_estimate);
     }

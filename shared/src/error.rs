@@ -61,9 +61,10 @@ pub enum ShapeError {
 
 /// `Ok` when `found` values fill `shape` exactly.
 pub(crate) fn check_len(name: &'static str, shape: &[usize], found: usize) -> Result<(), ShapeError> {
-    let expected = shape.iter().try_fold(1usize, |acc, &n| acc.checked_mul(n)).ok_or(
-        ShapeError::Dimension { name, dimension: "product", value: usize::MAX },
-    )?;
+    let expected = shape
+        .iter()
+        .try_fold(1usize, |acc, &n| acc.checked_mul(n))
+        .ok_or(ShapeError::Dimension { name, dimension: "product", value: usize::MAX })?;
     if expected == found {
         Ok(())
     } else {
@@ -75,8 +76,11 @@ pub(crate) fn check_len(name: &'static str, shape: &[usize], found: usize) -> Re
 pub(crate) fn check_finite(name: &'static str, values: &[f32]) -> Result<(), ShapeError> {
     match values.iter().position(|v| !v.is_finite()) {
         None => Ok(()),
-        Some(index) => {
-            Err(ShapeError::Value { name, index, value: values[index].to_string(), expected: "a finite number" })
-        }
+        Some(index) => Err(ShapeError::Value {
+            name,
+            index,
+            value: values[index].to_string(),
+            expected: "a finite number",
+        }),
     }
 }

@@ -5,13 +5,18 @@
 //! - [`rows`]: checked row-major matrix views; [`codes`]: sparse latent activations.
 //! - [`sae`]: the one in-memory form of released weights, latent-major.
 //! - [`forward`]: the seam every backend implements; [`reference`]: its f64 meaning.
+//! - [`metrics`]: streaming accumulators (L0, FVU, dead latents, density).
 //! - [`certify`]: how a fast backend reaches exactly the reference's active set.
-#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests assert by panicking"))]
+#![cfg_attr(
+    test,
+    allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests assert by panicking")
+)]
 
 pub mod certify;
 pub mod codes;
 pub mod error;
 pub mod forward;
+pub mod metrics;
 pub mod reference;
 pub mod rows;
 pub mod sae;

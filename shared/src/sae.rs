@@ -102,7 +102,12 @@ impl Sae {
                 check_finite("threshold", threshold)?;
                 if let Some(index) = threshold.iter().position(|&t| t < 0.0) {
                     let value = threshold[index].to_string();
-                    return Err(ShapeError::Value { name: "threshold", index, value, expected: "at least 0" });
+                    return Err(ShapeError::Value {
+                        name: "threshold",
+                        index,
+                        value,
+                        expected: "at least 0",
+                    });
                 }
             }
         }
