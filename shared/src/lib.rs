@@ -6,6 +6,7 @@
 //! - [`sae`]: the one in-memory form of released weights, latent-major.
 //! - [`forward`]: the seam every backend implements; [`reference`]: its f64 meaning.
 //! - [`metrics`]: streaming accumulators (L0, FVU, dead latents, density).
+//! - [`tap`]: where activations are read; `lm` (feature `lm`): the transformer with those taps.
 //! - [`certify`]: how a fast backend reaches exactly the reference's active set.
 #![cfg_attr(
     test,
@@ -16,13 +17,17 @@ pub mod certify;
 pub mod codes;
 pub mod error;
 pub mod forward;
+#[cfg(feature = "lm")]
+pub mod lm;
 pub mod metrics;
 pub mod reference;
 pub mod rows;
 pub mod sae;
+pub mod tap;
 
 pub use codes::{Codes, CodesBuilder};
 pub use error::ShapeError;
 pub use forward::{Dims, Forward};
 pub use rows::Rows;
 pub use sae::{Activation, Sae, SaeParts};
+pub use tap::{Site, TapPoint};

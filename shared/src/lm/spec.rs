@@ -1,0 +1,181 @@
+//! What a decoder is, as plain data: everything in which the supported families differ.
+//! A family file maps its configuration onto a [`Spec`]; the decoder reads nothing else.
+
+use serde::{Deserialize, Serialize};
+
+use crate::tap::Site;
+
+/// A decoder-only transformer as data. Built and checked by a family file; lengths in values, layers 0-indexed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Spec {
+    /// The architecture's name as the model's own files spell it: `llama`, `gemma2`.
+    pub architecture: String,
+    /// The number of blocks.
+    pub n_layers: usize,
+    /// The width of the residual stream.
+    pub d_model: usize,
+    /// The inner width of the MLP.
+    pub d_ff: usize,
+    /// The number of token ids.
+    pub vocab_size: usize,
+    /// The longest sequence the model was made for.
+    pub context_length: usize,
+    /// Factor on embedding rows (√d_model for Gemma, else 1).
+    pub embed_scale: f32,
+    /// RMS normalisation.
+    pub norm: NormSpec,
+    /// Self-attention.
+    pub attention: AttentionSpec,
+    /// The gated MLP.
+    pub mlp: MlpSpec,
+    /// Soft-cap on the logits: `cap · tanh(logit / cap)`.
+    pub final_softcap: Option<f32>,
+    /// Whether the unembedding is the embedding table.
+    pub tied_embeddings: bool,
+}
+
+/// RMS normalisation `y = x / √(mean x² + eps) · gain`; the loader folds Gemma's `1 + w` into the gain.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct NormSpec {
+    /// Added to the mean square.
+    pub eps: f32,
+    /// Whether files store `gain − 1`.
+    pub unit_offset: bool,
+    /// Whether attention and MLP outputs are normalised before they are added to the residual stream.
+    pub post: bool,
+}
+
+/// Self-attention with grouped queries.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AttentionSpec {
+    /// The number of query heads.
+    pub n_heads: usize,
+    /// The number of key and value heads; divides `n_heads`.
+    pub n_kv_heads: usize,
+    /// The width of a head (not necessarily `d_model / n_heads`); even.
+    pub head_dim: usize,
+    /// Factor on query·key products.
+    pub query_scale: f32,
+    /// Soft-cap on scaled products, applied before the mask: `cap · tanh(s / cap)`.
+    pub softcap: Option<f32>,
+    /// Per layer: `None` sees every earlier token, `Some(w)` only keys with `key > query − w`.
+    pub windows: Vec<Option<usize>>,
+    /// Rotary position embedding, half-split pairing `(i, i + head_dim / 2)`.
+    pub rope: RopeSpec,
+    /// Whether query, key and value projections have biases.
+    pub qkv_bias: bool,
+    /// Whether the output projection has a bias.
+    pub out_bias: bool,
+}
+
+/// Rotary position embedding: angle of pair `i` at position `p` is `p · inv_freq[i]`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RopeSpec {
+    /// The base: `inv_freq[i] = base^(−2i / head_dim)` before scaling.
+    pub base: f64,
+    /// How frequencies were stretched for longer contexts.
+    pub scaling: RopeScaling,
+}
+
+/// How rotary frequencies differ from the plain geometric series.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum RopeScaling {
+    /// Not at all.
+    None,
+    /// Every frequency divided by `factor`.
+    Linear {
+        /// The divisor.
+        factor: f64,
+    },
+    /// Llama 3: long wavelengths divided by `factor`, short ones kept, a linear blend between.
+    Llama3 {
+        /// The divisor of low frequencies.
+        factor: f64,
+        /// Wavelengths above `original_context / low_freq_factor` are divided.
+        low_freq_factor: f64,
+        /// Wavelengths below `original_context / high_freq_factor` are kept.
+        high_freq_factor: f64,
+        /// The context length before stretching.
+        original_context: f64,
+    },
+    /// Frequency `i` divided by `factors[i]` (how GGUF files store Llama 3's scaling), `head_dim / 2` values.
+    Factors {
+        /// The divisors.
+        factors: Vec<f32>,
+    },
+}
+
+/// The gated MLP `down(act(gate · x) ∘ (up · x))`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MlpSpec {
+    /// The gate's activation.
+    pub activation: GateActivation,
+    /// Whether the three projections have biases.
+    pub bias: bool,
+}
+
+/// The activation of a gated MLP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GateActivation {
+    /// `x · σ(x)`.
+    Silu,
+    /// `x/2 · (1 + tanh(√(2/π)(x + 0.044715 x³)))`.
+    GeluTanh,
+    /// `x · Φ(x)` with the exact error function.
+    Gelu,
+    /// `max(x, 0)`.
+    Relu,
+}
+
+impl Spec {
+    /// The width of vectors at `site`.
+    #[must_use]
+    pub fn site_width(&self, site: Site) -> usize {
+        match site {
+            Site::Embed | Site::Resid | Site::Mlp => self.d_model,
+            Site::Attn => self.attention.n_heads * self.attention.head_dim,
+        }
+    }
+}
+
+impl RopeSpec {
+    /// `inv_freq`, `head_dim / 2` values.
+    #[must_use]
+    pub fn inverse_frequencies(&self, head_dim: usize) -> Vec<f32> {
+        (0..head_dim / 2)
+            .map(|i| {
+                // Powers and quotients in f32, in the order the reference implementations take them: positions
+                // multiply these numbers by up to the context length, so the rounding here is part of the model.
+                let plain = 1.0 / (self.base as f32).powf((2 * i) as f32 / head_dim as f32);
+                self.scaling.apply(plain, i)
+            })
+            .collect()
+    }
+}
+
+impl RopeScaling {
+    fn apply(&self, plain: f32, i: usize) -> f32 {
+        match self {
+            Self::None => plain,
+            Self::Linear { factor } => plain / *factor as f32,
+            Self::Factors { factors } => plain / factors.get(i).copied().unwrap_or(1.0),
+            Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+                let wavelength = 2.0 * std::f32::consts::PI / plain;
+                let (low, high) = (original_context / low_freq_factor, original_context / high_freq_factor);
+                if f64::from(wavelength) > low {
+                    plain / *factor as f32
+                } else if f64::from(wavelength) < high {
+                    plain
+                } else {
+                    let blend = (original_context / f64::from(wavelength) - low_freq_factor)
+                        / (high_freq_factor - low_freq_factor);
+                    let (kept, divided) =
+                        (blend as f32 * plain, (1.0 - blend) as f32 * (plain / *factor as f32));
+                    kept + divided
+                }
+            }
+        }
+    }
+}
