@@ -7,6 +7,7 @@
 //! - [`forward`]: the seam every backend implements; [`reference`]: its f64 meaning.
 //! - [`metrics`]: streaming accumulators (L0, FVU, dead latents, density).
 //! - [`tap`]: where activations are read; `lm` (feature `lm`): the transformer with those taps.
+//! - [`pack`]: the files of a feature pack, in both directions.
 //! - [`certify`]: how a fast backend reaches exactly the reference's active set.
 #![cfg_attr(
     test,
@@ -20,6 +21,7 @@ pub mod forward;
 #[cfg(feature = "lm")]
 pub mod lm;
 pub mod metrics;
+pub mod pack;
 pub mod reference;
 pub mod rows;
 pub mod sae;
