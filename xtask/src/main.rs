@@ -1,2 +1,75 @@
-//! x
-fn main(){}
+//! `cargo xtask`: what cargo cannot say. Set-up of a fresh machine, the demo from text to page, and every test.
+//!
+//! This file owns the command line; `setup` brings tools, `inputs` brings the model and the text,
+//! `demo` runs the stages of the main job, `test` runs the checks, and `run` starts and stops other programs.
+
+mod demo;
+mod digest;
+mod inputs;
+mod lock;
+mod places;
+mod report;
+mod run;
+mod setup;
+mod test;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use places::Places;
+use setup::Purpose;
+
+/// Set-up, demo and tests of Stratascope.
+///
+/// Both `demo` and `test` first set up what they need: tools, model and text go into a per-user cache folder
+/// (`$STRATASCOPE_CACHE`, or `stratascope` in the platform's cache folder), so a second clone finds them there.
+/// Everything already done is skipped; an interrupted command goes on where it stopped when run again.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// From English text to a page in the browser: harvest, train, eval, features, site.
+    Demo(demo::Args),
+    /// Every check: formatting, lints, unit and end-to-end tests, the page, the browser tests.
+    Test(test::Args),
+    /// Only the set-up of `demo` or `test`.
+    Setup(setup::Args),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match dispatch(&cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if run::was_stopped() => {
+            eprintln!("\nstopped: {error:#}\nRun the same command again to go on from here.");
+            ExitCode::from(130)
+        }
+        Err(error) => {
+            eprintln!("\nerror: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(command: &Command) -> Result<()> {
+    run::watch_signals()?;
+    let places = Places::find()?;
+    match command {
+        Command::Demo(args) => demo::run(&places, args),
+        Command::Test(args) => test::run(&places, args),
+        Command::Setup(args) => setup::run(&places, args.purpose()).map(drop),
+    }
+}
+
+impl setup::Args {
+    fn purpose(&self) -> Purpose {
+        self.purpose
+    }
+}
