@@ -48,7 +48,8 @@ enum Command {
 #[must_use]
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    let filter = EnvFilter::try_from_env("STRATASCOPE_LOG").unwrap_or_else(|_| EnvFilter::new("warn,native=info"));
+    let filter =
+        EnvFilter::try_from_env("STRATASCOPE_LOG").unwrap_or_else(|_| EnvFilter::new("warn,native=info"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_target(false).init();
     let result = match &cli.command {
         Command::Harvest(args) => cmd::harvest::run(args),

@@ -26,7 +26,9 @@ pub fn write_atomic(path: &Path, write: impl FnOnce(&mut dyn Write) -> io::Resul
         temporary.as_file().sync_data()
     })();
     written.with_context(|| format!("cannot write {}", path.display()))?;
-    temporary.persist(path).with_context(|| format!("cannot move the finished file to {}", path.display()))?;
+    temporary
+        .persist(path)
+        .with_context(|| format!("cannot move the finished file to {}", path.display()))?;
     Ok(())
 }
 

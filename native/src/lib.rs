@@ -1,9 +1,12 @@
 //! The stages of Stratascope on a machine with files, threads and a clock, in the order data flows:
 //! [`text`] → [`harvest`] → [`store`] → [`train`] → [`evaluate`] → [`features`] → [`site`].
 //!
-//! [`model`] finds and loads language models; [`cpu`] is the fast CPU backend; [`cli`] and `cmd` are
+//! [`sae_files`] reads and writes autoencoders; [`model`] finds and loads language models; [`cpu`] is the fast CPU backend; [`cli`] and `cmd` are
 //! the thin command line over these modules.
-#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests assert by panicking"))]
+#![cfg_attr(
+    test,
+    allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests assert by panicking")
+)]
 
 pub mod cli;
 mod cmd;
@@ -14,6 +17,7 @@ pub mod files;
 pub mod harvest;
 pub mod model;
 pub mod progress;
+pub mod sae_files;
 pub mod site;
 pub mod stop;
 pub mod store;

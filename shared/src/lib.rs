@@ -9,6 +9,7 @@
 //! - [`tap`]: where activations are read; `lm` (feature `lm`): the transformer with those taps.
 //! - [`pack`]: the files of a feature pack, in both directions.
 //! - [`certify`]: how a fast backend reaches exactly the reference's active set.
+//! - [`cpu`]: the portable fast path; [`format`]: weight files.
 #![cfg_attr(
     test,
     allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests assert by panicking")
@@ -16,7 +17,9 @@
 
 pub mod certify;
 pub mod codes;
+pub mod cpu;
 pub mod error;
+pub mod format;
 pub mod forward;
 #[cfg(feature = "lm")]
 pub mod lm;

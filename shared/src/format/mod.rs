@@ -1,0 +1,11 @@
+//! Weight files of sparse autoencoders: bytes to [`Sae`](crate::Sae) and back.
+//!
+//! Outside names, transposes and pre-encoder biases exist only here. Every reader treats its input as
+//! hostile: sizes are checked before anything is allocated, and an error names the part, the field,
+//! what was wanted and what was found.
+
+mod error;
+mod metadata;
+
+pub use error::FormatError;
+pub use metadata::{SaeMetadata, hook_name, tap_of_hook};
