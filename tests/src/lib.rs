@@ -1,1 +1,7 @@
-//! x
+//! What several test targets share, and what the page tests itself with.
+#![cfg_attr(
+    test,
+    allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests assert by panicking")
+)]
+
+pub mod fixture_pack;

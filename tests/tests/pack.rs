@@ -1,0 +1,70 @@
+//! The pack as a whole: what is written is read back, agrees with itself, and damage is noticed.
+
+use conformance::fixture_pack::{self, D_IN, N_LATENTS};
+use shared::pack::{self, Decoder, Encoder, FeatureShard, Group, Index, Manifest, Text, TextEntry};
+use shared::{Rows, reference};
+
+#[test]
+fn the_fixture_is_a_valid_pack_that_agrees_with_itself() {
+    let files = fixture_pack::files().unwrap();
+    assert_eq!(files, fixture_pack::files().unwrap(), "the fixture is not deterministic");
+    let manifest = Manifest::read(&files[pack::MANIFEST]).unwrap();
+    for (path, entry) in &manifest.files {
+        entry.verify(path, &files[path]).unwrap();
+    }
+    assert_eq!(manifest.files.len() + 1, files.len(), "a file is not in the manifest");
+
+    let encoder = Encoder::read(&manifest.sae, &files[pack::ENCODER]).unwrap();
+    let decoder = Decoder::read(&manifest.sae, &files[pack::DECODER]).unwrap();
+    let sae = encoder.join(decoder, &manifest.sae).unwrap();
+    assert_eq!(sae, fixture_pack::sae().unwrap());
+
+    let index = Index::read(N_LATENTS, &files[pack::INDEX_NUMBERS], &files[pack::INDEX_WORDS_FILE]).unwrap();
+    let mut n_examples = 0;
+    for shard in 0..manifest.n_shards {
+        let range = manifest.shard_range(shard);
+        let (numbers, words) = (&files[&pack::shard_numbers(shard)], &files[&pack::shard_words(shard)]);
+        let features = FeatureShard::read(shard, range.len(), N_LATENTS, numbers, words).unwrap().features;
+        for (latent, feature) in range.zip(features) {
+            let fired: u32 = feature.histogram.iter().sum();
+            #[expect(clippy::cast_precision_loss, reason = "small")]
+            let density = fired as f32 / manifest.corpus.n_tokens as f32;
+            assert!((density - index.density[latent]).abs() < 1e-6, "latent {latent}");
+            for example in &feature.examples {
+                n_examples += 1;
+                let peak = example.values[usize::from(example.peak)];
+                assert!(peak > 0.0 && peak <= index.max_activation[latent]);
+            }
+            let top = feature.examples.iter().find(|e| e.group == Group::Top);
+            assert_eq!(top.map_or(0.0, |e| e.values[usize::from(e.peak)]), index.max_activation[latent]);
+        }
+    }
+    assert!(n_examples > 500, "only {n_examples} examples");
+
+    let texts = TextEntry::read_list(&files[pack::TEXTS]).unwrap();
+    assert_eq!(texts.len(), 2);
+    for entry in &texts {
+        let text = Text::read(entry, D_IN, &files[&entry.file]).unwrap();
+        let codes = reference::encode(&sae, Rows::new(&text.x, D_IN).unwrap()).unwrap();
+        assert!(codes.n_active() > 20 && codes.n_active() < N_LATENTS * codes.n_rows() / 2);
+    }
+}
+
+/// Every file cut short anywhere is refused, by the reader or by the hash; never a panic.
+#[test]
+fn truncated_files_are_refused() {
+    let files = fixture_pack::files().unwrap();
+    let manifest = Manifest::read(&files[pack::MANIFEST]).unwrap();
+    let n = manifest.latents_per_shard;
+    for part in 0..40 {
+        let cut = |path: &str| &files[path][..files[path].len() * part / 40];
+        assert!(Manifest::read(cut(pack::MANIFEST)).is_err());
+        assert!(Encoder::read(&manifest.sae, cut(pack::ENCODER)).is_err());
+        assert!(Decoder::read(&manifest.sae, cut(pack::DECODER)).is_err());
+        let (numbers, words) = (pack::shard_numbers(0), pack::shard_words(0));
+        assert!(FeatureShard::read(0, n, N_LATENTS, cut(&numbers), &files[&words]).is_err());
+        assert!(FeatureShard::read(0, n, N_LATENTS, &files[&numbers], cut(&words)).is_err());
+        assert!(TextEntry::read_list(cut(pack::TEXTS)).is_err());
+        assert!(manifest.files[pack::ENCODER].verify(pack::ENCODER, cut(pack::ENCODER)).is_err());
+    }
+}
