@@ -18,7 +18,9 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+use inputs::Source;
 use places::Places;
+use report::Report;
 use setup::Purpose;
 
 /// Set-up, demo and tests of Stratascope.
@@ -39,7 +41,7 @@ enum Command {
     Demo(demo::Args),
     /// Every check: formatting, lints, unit and end-to-end tests, the page, the browser tests.
     Test(test::Args),
-    /// Only the set-up of `demo` or `test`.
+    /// Only the set-up of `demo` (with its model and text) or `test`.
     Setup(setup::Args),
 }
 
@@ -64,12 +66,14 @@ fn dispatch(command: &Command) -> Result<()> {
     match command {
         Command::Demo(args) => demo::run(&places, args),
         Command::Test(args) => test::run(&places, args),
-        Command::Setup(args) => setup::run(&places, args.purpose()).map(drop),
-    }
-}
-
-impl setup::Args {
-    fn purpose(&self) -> Purpose {
-        self.purpose
+        Command::Setup(args) => {
+            let mut report = Report::new();
+            setup::run(&places, args.purpose, &mut report)?;
+            if args.purpose == Purpose::Demo {
+                inputs::ensure(&places, &mut report, &Source::Auto, None)?;
+            }
+            eprintln!("\nEverything is ready in {}.", places.cache.display());
+            Ok(())
+        }
     }
 }

@@ -134,7 +134,11 @@ pub(crate) fn replace_folder(path: &Path, fill: impl FnOnce(&Path) -> Result<()>
     remove_folder(&work)?;
     fs::create_dir_all(&work)
         .with_context(|| format!("cannot create {}, so check permissions and space", work.display()))?;
-    fill(&work)?;
+    if let Err(error) = fill(&work) {
+        // Half a download is of no use; that it cannot be removed matters less than why it stopped.
+        let _ = fs::remove_dir_all(&work);
+        return Err(error);
+    }
     remove_folder(path)?;
     fs::rename(&work, path).with_context(|| format!("cannot move the finished folder to {}", path.display()))
 }

@@ -27,7 +27,7 @@ pub(crate) struct Args {
 pub(crate) fn run(places: &Places, args: &Args) -> Result<()> {
     let purpose = if args.skip_browser { Purpose::TestWithoutBrowser } else { Purpose::Test };
     let mut report = Report::new();
-    let tools = setup::with_report(places, purpose, &mut report)?;
+    let tools = setup::run(places, purpose, &mut report)?;
     let work = places.target.join("test");
     let _lock = Lock::take(&work)?;
     let mut checks =

@@ -70,8 +70,8 @@ enum From {
 /// Runs the demo.
 pub(crate) fn run(places: &Places, args: &Args) -> Result<()> {
     let mut report = Report::new();
-    let tools = setup::with_report(places, Purpose::Demo, &mut report)?;
-    let (model, text) = fetch_inputs(places, args, &mut report)?;
+    let tools = setup::run(places, Purpose::Demo, &mut report)?;
+    let (model, text) = inputs::ensure(places, &mut report, &args.model, args.text.as_deref())?;
 
     let work = places.target.join("demo");
     let lock = Lock::take(&work)?;
@@ -88,15 +88,6 @@ pub(crate) fn run(places: &Places, args: &Args) -> Result<()> {
         return Ok(());
     }
     demo.serve(&site)
-}
-
-fn fetch_inputs(places: &Places, args: &Args, report: &mut Report) -> Result<(Input, Input)> {
-    report.heading("Model and text");
-    let _lock = Lock::take(&places.cache)?;
-    Ok((
-        inputs::ensure_model(places, report, &args.model)?,
-        inputs::ensure_text(places, report, args.text.as_deref())?,
-    ))
 }
 
 struct Demo<'a> {

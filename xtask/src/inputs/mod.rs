@@ -4,10 +4,15 @@ mod hub;
 mod model;
 mod text;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-pub(crate) use model::{Source, ensure as ensure_model};
-pub(crate) use text::ensure as ensure_text;
+use anyhow::Result;
+
+use crate::lock::Lock;
+use crate::places::Places;
+use crate::report::Report;
+
+pub(crate) use model::Source;
 
 /// Something to read, and one string that changes when it does.
 #[derive(Debug, Clone)]
@@ -16,4 +21,16 @@ pub(crate) struct Input {
     pub(crate) path: PathBuf,
     /// Name, version and checksum, or what stands for them in a local file.
     pub(crate) identity: String,
+}
+
+/// Makes sure of model and text, in this order.
+pub(crate) fn ensure(
+    places: &Places,
+    report: &mut Report,
+    model: &Source,
+    text: Option<&Path>,
+) -> Result<(Input, Input)> {
+    report.heading("Model and text");
+    let _lock = Lock::take(&places.cache)?;
+    Ok((model::ensure(places, report, model)?, text::ensure(places, report, text)?))
 }

@@ -130,6 +130,8 @@ fn package(report: &mut Report, folder: &Path) -> Result<Input> {
                     .args(["--disable-pip-version-check", "--target"])
                     .arg(work)
                     .arg(format!("{PACKAGE}=={VERSION}"))
+                    // Its advice on running as root is about environments; this only unpacks a file.
+                    .env("PIP_ROOT_USER_ACTION", "ignore")
                     .run()
             });
             let go_on = "name a model you have with --model, or check that pip reaches its index, and run the same command again";

@@ -66,7 +66,8 @@ fn fetch(folder: &Path) -> Result<()> {
             ])
             .arg(work)
             .current_dir(work)
-            .run()
+            .capture()
+            .map(drop)
     })?;
     let archive = only_file(&download)?;
     let found = digest::of_file(&archive)?;

@@ -54,15 +54,7 @@ pub(crate) struct Tools {
 }
 
 /// Sets the machine up, printing one line a step.
-pub(crate) fn run(places: &Places, purpose: Purpose) -> Result<Tools> {
-    let mut report = Report::new();
-    let tools = with_report(places, purpose, &mut report)?;
-    eprintln!("\nSet-up is complete; tools are in {}.", places.cache.display());
-    Ok(tools)
-}
-
-/// [`run`] as a part of a longer command.
-pub(crate) fn with_report(places: &Places, purpose: Purpose, report: &mut Report) -> Result<Tools> {
+pub(crate) fn run(places: &Places, purpose: Purpose, report: &mut Report) -> Result<Tools> {
     report.heading("Set-up");
     let _lock = Lock::take(&places.cache)?;
     rust::ensure_wasm_target(report)?;
