@@ -8,6 +8,7 @@
 //! - [`metrics`]: streaming accumulators (L0, FVU, dead latents, density).
 //! - [`tap`]: where activations are read; `lm` (feature `lm`): the transformer with those taps.
 //! - [`pack`]: the files of a feature pack, in both directions.
+//! - [`config`]: strict TOML run configurations.
 //! - [`certify`]: how a fast backend reaches exactly the reference's active set.
 //! - [`cpu`]: the portable fast path; [`format`]: weight files.
 #![cfg_attr(
@@ -17,6 +18,7 @@
 
 pub mod certify;
 pub mod codes;
+pub mod config;
 pub mod cpu;
 pub mod error;
 pub mod format;
