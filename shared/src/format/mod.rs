@@ -5,7 +5,11 @@
 //! what was wanted and what was found.
 
 mod error;
+mod fold;
 mod metadata;
+pub mod saelens;
+mod saelens_config;
+pub mod tensors;
 
 pub use error::FormatError;
 pub use metadata::{SaeMetadata, hook_name, tap_of_hook};
