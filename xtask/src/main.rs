@@ -38,10 +38,22 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// From English text to a page in the browser: harvest, train, eval, features, site.
+    ///
+    /// Sets the machine up and then: fetches model and text; harvests the activations of one middle layer of
+    /// SmolLM2-135M; trains a JumpReLU autoencoder of 4096 latents on them; evaluates it; collects what each
+    /// latent responds to; builds the page; serves it on a loopback address and prints the URL.
+    /// The settings are in configs/demo.toml. Work is kept in target/demo: finished stages are not run again
+    /// while their inputs are the same, and an interrupted one goes on where it was.
     Demo(demo::Args),
     /// Every check: formatting, lints, unit and end-to-end tests, the page, the browser tests.
+    ///
+    /// Sets the machine up and then runs, in this order: rustfmt; cargo-deny, where it is installed; clippy for
+    /// native and for wasm; all cargo tests; the build of the page; and the page in headless Chromium, with a
+    /// WebGPU adapter and without. Stops at the first failure. This is what continuous integration runs.
     Test(test::Args),
     /// Only the set-up of `demo` (with its model and text) or `test`.
+    ///
+    /// Useful before going offline, and in the image of a build machine.
     Setup(setup::Args),
 }
 
@@ -49,8 +61,8 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     match dispatch(&cli.command) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) if run::was_stopped() => {
-            eprintln!("\nstopped: {error:#}\nRun the same command again to go on from here.");
+        Err(_) if run::was_stopped() => {
+            eprintln!("\nStopped; run the same command again to go on from here.");
             ExitCode::from(130)
         }
         Err(error) => {

@@ -14,6 +14,11 @@ use crate::setup::{self, Purpose, Tools};
 
 /// Arguments of `test`.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  cargo xtask test                    what continuous integration runs
+  cargo xtask test --skip-browser     without Chromium
+  cargo xtask test --keep-going       all failures at once, listed at the end")]
 pub(crate) struct Args {
     /// Leave the browser tests out, and with them Chromium and the building of the page.
     #[arg(long)]

@@ -26,13 +26,13 @@ const TAP: &str = "resid.14";
 const PACK: &str = "smollm2-135m-resid-14";
 
 /// Arguments of `demo`.
-///
-/// Sets the machine up, then: text and model into the cache; harvest the activations of one middle layer of
-/// SmolLM2-135M on at least 300,000 tokens; train a JumpReLU autoencoder of 4096 latents on them; evaluate it;
-/// collect what each latent responds to; build the page; serve it on a loopback address and print the URL.
-/// Work is kept in `target/demo`: stages already finished are not run again, an interrupted one goes on.
 #[derive(Debug, clap::Args)]
-#[command(verbatim_doc_comment)]
+#[command(after_help = "\
+Examples:
+  cargo xtask demo                                  everything, and the page at the end
+  cargo xtask demo --no-serve --out site            a static site for any web server
+  cargo xtask demo --model ~/models/SmolLM2-135M    with SmolLM2-135M as you already have it
+  cargo xtask demo --from features                  the later stages again, after changing their code")]
 pub(crate) struct Args {
     /// Stop when the site is built, without serving it.
     #[arg(long)]
@@ -46,7 +46,7 @@ pub(crate) struct Args {
     /// The text: a .txt, .jsonl, .jsonl.zst, .jsonl.gz or .parquet file, or a folder of such [default: fetched].
     #[arg(long, value_name = "PATH")]
     text: Option<PathBuf>,
-    /// How many tokens to harvest for training, such as 300k [default: as in configs/demo.toml].
+    /// How many tokens to harvest, held-out ones included, such as 330k [default: as in configs/demo.toml].
     #[arg(long, value_name = "N")]
     tokens: Option<String>,
     /// Do this stage and all after it again, finished or not.
