@@ -69,6 +69,7 @@ enum From {
 
 /// Runs the demo.
 pub(crate) fn run(places: &Places, args: &Args) -> Result<()> {
+    inputs::check(&args.model, args.text.as_deref())?;
     let mut report = Report::new();
     let tools = setup::run(places, Purpose::Demo, &mut report)?;
     let (model, text) = inputs::ensure(places, &mut report, &args.model, args.text.as_deref())?;

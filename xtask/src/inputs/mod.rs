@@ -6,7 +6,7 @@ mod text;
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 
 use crate::lock::Lock;
 use crate::places::Places;
@@ -21,6 +21,24 @@ pub(crate) struct Input {
     pub(crate) path: PathBuf,
     /// Name, version and checksum, or what stands for them in a local file.
     pub(crate) identity: String,
+}
+
+/// Fails early when a path given for model or text is not there: before minutes of set-up.
+pub(crate) fn check(model: &Source, text: Option<&Path>) -> Result<()> {
+    if let Source::Local(path) = model
+        && !path.exists()
+    {
+        bail!(
+            "there is no model at {}, so name a Hugging Face folder or a .gguf file with --model",
+            path.display()
+        );
+    }
+    match text {
+        Some(path) if !path.exists() => {
+            bail!("there is no text at {}, so name a file or a folder with --text", path.display());
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Makes sure of model and text, in this order.

@@ -85,12 +85,8 @@ pub(crate) fn ensure(places: &Places, report: &mut Report, source: &Source) -> R
 }
 
 fn local(path: &Path) -> Result<Input> {
-    let path = fs::canonicalize(path).with_context(|| {
-        format!(
-            "there is no model at {}, so name a Hugging Face folder or a .gguf file with --model",
-            path.display()
-        )
-    })?;
+    let path =
+        fs::canonicalize(path).with_context(|| format!("cannot read the model at {}", path.display()))?;
     let mut identity = path.display().to_string();
     let mut files: Vec<PathBuf> = match fs::read_dir(&path) {
         Ok(entries) => entries.filter_map(|e| e.ok().map(|e| e.path())).filter(|p| p.is_file()).collect(),
@@ -182,6 +178,6 @@ mod tests {
         assert_eq!(first, local(folder.path()).unwrap().identity);
         fs::write(folder.path().join("config.json"), "{ }").unwrap();
         assert_ne!(first, local(folder.path()).unwrap().identity);
-        assert!(local(&folder.path().join("none")).unwrap_err().to_string().contains("--model"));
+        assert!(local(&folder.path().join("none")).unwrap_err().to_string().contains("cannot read"));
     }
 }

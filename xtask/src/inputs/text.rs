@@ -27,9 +27,8 @@ const MAX_FILE: u64 = 16 << 20;
 /// The given folder or file, or the package's text.
 pub(crate) fn ensure(places: &Places, report: &mut Report, given: Option<&Path>) -> Result<Input> {
     if let Some(path) = given {
-        let path = fs::canonicalize(path).with_context(|| {
-            format!("there is no text at {}, so name a file or a folder with --text", path.display())
-        })?;
+        let path =
+            fs::canonicalize(path).with_context(|| format!("cannot read the text at {}", path.display()))?;
         let identity = if path.is_dir() { digest::of_folder(&path)? } else { digest::of_file(&path)? };
         return Ok(Input { path, identity });
     }

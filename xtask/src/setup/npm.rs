@@ -23,8 +23,8 @@ pub(crate) fn ensure_node(report: &mut Report) -> Result<()> {
         || {
             ensure_packages(
                 &["nodejs", "npm"],
-                "Node and npm",
-                &format!("install Node {NODE_MAJOR} or later with npm"),
+                "Node with npm",
+                &format!("install Node {NODE_MAJOR} or later"),
             )?;
             node_version().context(
                 "the system's Node is too old, so install Node 18 or later and run the same command again",
