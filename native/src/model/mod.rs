@@ -1,10 +1,19 @@
-//! Finding and loading language models and tokenizers.
+//! Finding and loading language models and tokenizers: Hugging Face folders and GGUF files.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
-use shared::lm::{LanguageModel, Tokenizer};
+use shared::lm::{Blueprint, BosHints, CandleOps, LanguageModel, Tokenizer};
+
+use crate::files::{sha256, sha256_file};
+
+mod files;
+mod threads;
+
+use files::{GgufFile, Shards, read_small, weight_files};
+pub use threads::Rayon;
 
 /// A model with its tokenizer and where both came from.
 #[derive(Debug)]
@@ -26,7 +35,7 @@ pub struct ModelProvenance {
     pub source: String,
     /// `huggingface` or `gguf`.
     pub format: String,
-    /// SHA-256 of the GGUF, or of the weight files' SHA-256 in alphabetical order of their names.
+    /// SHA-256 of the GGUF or of `model.safetensors`; of the list of the shards' SHA-256 when there are several.
     pub sha256: String,
     /// The architecture, as in [`shared::lm::Spec`].
     pub architecture: String,
@@ -37,14 +46,147 @@ pub struct ModelProvenance {
 ///
 /// # Errors
 /// If the path holds none of these, or what it holds is broken or not supported.
-pub fn load(_path: &Path) -> Result<LoadedModel> {
-    bail!("not built yet")
+pub fn load(path: &Path) -> Result<LoadedModel> {
+    let found = find(path)?;
+    let tokenizer = found.tokenizer()?;
+    let (model, provenance) = found.weights()?;
+    Ok(LoadedModel { model, tokenizer, provenance })
 }
 
 /// [`load`] without a tokenizer: for folders that hold weights only.
 ///
 /// # Errors
 /// As [`load`].
-pub fn load_weights(_path: &Path) -> Result<(LanguageModel, ModelProvenance)> {
-    bail!("not built yet")
+pub fn load_weights(path: &Path) -> Result<(LanguageModel, ModelProvenance)> {
+    find(path)?.weights()
+}
+
+/// Only the tokenizer of what [`load`] would load.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_tokenizer(path: &Path) -> Result<Tokenizer> {
+    find(path)?.tokenizer()
+}
+
+/// What a path turned out to be.
+#[derive(Debug)]
+enum Found {
+    Folder(PathBuf),
+    Gguf(PathBuf),
+}
+
+const ACCEPTED: &str = "expected a Hugging Face folder (config.json, model.safetensors or shards with their index, \
+                        tokenizer.json), a .gguf file, or a folder holding exactly one .gguf file";
+
+fn find(path: &Path) -> Result<Found> {
+    if path.is_file() {
+        return Ok(Found::Gguf(path.to_owned()));
+    }
+    if !path.is_dir() {
+        bail!("no model at {}: {ACCEPTED}", path.display());
+    }
+    if path.join("config.json").is_file() {
+        return Ok(Found::Folder(path.to_owned()));
+    }
+    let entries = path.read_dir().with_context(|| format!("cannot list {}", path.display()))?;
+    let ggufs: Vec<PathBuf> = entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|file| file.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf")) && file.is_file())
+        .collect();
+    match ggufs.as_slice() {
+        [one] => Ok(Found::Gguf(one.clone())),
+        [] => bail!("no model in {}: {ACCEPTED}", path.display()),
+        several => bail!("{} holds {} .gguf files; name one of them", path.display(), several.len()),
+    }
+}
+
+impl Found {
+    fn path(&self) -> &Path {
+        match self {
+            Self::Folder(path) | Self::Gguf(path) => path,
+        }
+    }
+
+    fn weights(&self) -> Result<(LanguageModel, ModelProvenance)> {
+        let ops = CandleOps::new(Arc::new(Rayon));
+        let read = || format!("cannot load the model at {}", self.path().display());
+        let source = last_component(self.path());
+        let (model, name, format, sha256) = match self {
+            Self::Folder(folder) => {
+                let config = read_small(&folder.join("config.json"))?;
+                let blueprint = Blueprint::from_config(&config).with_context(read)?;
+                let model =
+                    LanguageModel::build(ops, &blueprint, &mut Shards::open(folder)?).with_context(read)?;
+                (
+                    model,
+                    folder_name(&config).unwrap_or_else(|| source.clone()),
+                    "huggingface",
+                    folder_hash(folder)?,
+                )
+            }
+            Self::Gguf(path) => {
+                let mut file = GgufFile::open(path)?;
+                let header = file.header.clone();
+                let blueprint = header.blueprint(&mut file).with_context(read)?;
+                let model = LanguageModel::build(ops, &blueprint, &mut file).with_context(read)?;
+                let name = header.text("general.name").map_or_else(|| source.clone(), str::to_owned);
+                (model, name, "gguf", sha256_file(path)?)
+            }
+        };
+        let architecture = model.spec().architecture.clone();
+        Ok((model, ModelProvenance { name, source, format: format.to_owned(), sha256, architecture }))
+    }
+
+    fn tokenizer(&self) -> Result<Tokenizer> {
+        match self {
+            Self::Gguf(path) => Tokenizer::from_gguf(&GgufFile::open(path)?.header)
+                .with_context(|| format!("cannot load the tokenizer of {}", path.display())),
+            Self::Folder(folder) => {
+                let path = folder.join("tokenizer.json");
+                let json = read_small(&path)?;
+                Tokenizer::from_json(&json, &bos_hints(folder)?)
+                    .with_context(|| format!("cannot load {}", path.display()))
+            }
+        }
+    }
+}
+
+fn last_component(path: &Path) -> String {
+    let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    path.file_name().map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
+}
+
+/// The name a configuration gives its model, unless it is somebody's folder.
+fn folder_name(config: &[u8]) -> Option<String> {
+    let config: serde_json::Value = serde_json::from_slice(config).ok()?;
+    let name = config.get("_name_or_path")?.as_str()?;
+    (!name.is_empty() && !name.starts_with(['/', '.', '~']) && !name.contains('\\')).then(|| name.to_owned())
+}
+
+fn folder_hash(folder: &Path) -> Result<String> {
+    let names = weight_files(folder)?;
+    let hashes = names.keys().map(|name| sha256_file(&folder.join(name))).collect::<Result<Vec<_>>>()?;
+    match hashes.as_slice() {
+        [one] => Ok(one.clone()),
+        several => Ok(sha256(several.join("\n").as_bytes())),
+    }
+}
+
+/// What `tokenizer_config.json` and `config.json` say about the beginning of a sequence.
+fn bos_hints(folder: &Path) -> Result<BosHints> {
+    let json = |name: &str| -> Result<serde_json::Value> {
+        let path = folder.join(name);
+        if !path.is_file() {
+            return Ok(serde_json::Value::Null);
+        }
+        serde_json::from_slice(&read_small(&path)?).with_context(|| format!("cannot read {}", path.display()))
+    };
+    let (tokenizer, config) = (json("tokenizer_config.json")?, json("config.json")?);
+    let token = &tokenizer["bos_token"];
+    Ok(BosHints {
+        token: token.as_str().or_else(|| token["content"].as_str()).map(str::to_owned),
+        id: config["bos_token_id"].as_u64().and_then(|id| u32::try_from(id).ok()),
+        prepend: tokenizer["add_bos_token"].as_bool(),
+    })
 }

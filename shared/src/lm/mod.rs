@@ -1,19 +1,37 @@
 //! The transformer: one decoder with taps, generic over the arithmetic it runs on, and its tokenizers.
+//!
+//! [`decoder`] is written once over the blocks of [`ops`]; [`candle`] implements them. A family file ([`llama`],
+//! [`gemma2`]) maps configurations and tensor names onto a [`Spec`]; [`weights`] builds a decoder from it and any
+//! [`TensorSource`]. [`gguf`] and [`safetensors`] parse the headers of weight files without reading the weights.
 
+mod candle;
+mod config;
+mod decoder;
 mod error;
+mod gemma2;
+mod gguf;
+mod kernels;
+mod llama;
 mod math;
-mod model;
+mod ops;
 mod parallel;
+mod safetensors;
 mod spec;
 mod tap;
 mod tokenizer;
 mod tokens;
+mod weights;
 
+pub use self::candle::{CandleOps, RopeTable};
 pub use crate::tap::{Site, TapParseError, TapPoint};
+pub use decoder::{Decoder, LanguageModel};
 pub use error::LmError;
-pub use model::LanguageModel;
+pub use gguf::{Gguf, GgufTensor, GgufValue, dequantise};
+pub use ops::{Heads, Ops};
 pub use parallel::{Parallel, Serial};
+pub use safetensors::{FloatFormat, SafetensorsHeader, StoredTensor};
 pub use spec::{AttentionSpec, GateActivation, MlpSpec, NormSpec, RopeScaling, RopeSpec, Spec};
 pub use tap::{NoTap, Splicer, Tap, TapAction, Until};
-pub use tokenizer::Tokenizer;
+pub use tokenizer::{BosHints, Tokenizer};
 pub use tokens::{TokenBatch, nll};
+pub use weights::{Blueprint, Names, TensorSource};

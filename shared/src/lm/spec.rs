@@ -3,6 +3,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::LmError;
+use crate::ShapeError;
 use crate::tap::Site;
 
 /// A decoder-only transformer as data. Built and checked by a family file; lengths in values, layers 0-indexed.
@@ -137,6 +139,47 @@ impl Spec {
             Site::Embed | Site::Resid | Site::Mlp => self.d_model,
             Site::Attn => self.attention.n_heads * self.attention.head_dim,
         }
+    }
+
+    /// `Ok` when the numbers fit each other, so that building and running the decoder cannot fail on them.
+    ///
+    /// # Errors
+    /// Names the field that does not fit.
+    pub(super) fn check(&self) -> Result<(), LmError> {
+        let attention = &self.attention;
+        let positive = [
+            ("number of layers", self.n_layers),
+            ("model width", self.d_model),
+            ("MLP width", self.d_ff),
+            ("vocabulary size", self.vocab_size),
+            ("attention heads", attention.n_heads),
+            ("key/value heads", attention.n_kv_heads),
+            ("head width", attention.head_dim),
+        ];
+        for (dimension, value) in positive {
+            if value == 0 {
+                return Err(ShapeError::Dimension { name: "model", dimension, value }.into());
+            }
+        }
+        if !attention.n_heads.is_multiple_of(attention.n_kv_heads) {
+            let problem = format!(
+                "{} heads are not a multiple of {} key/value heads",
+                attention.n_heads, attention.n_kv_heads
+            );
+            return Err(LmError::config("key/value heads", problem));
+        }
+        if !attention.head_dim.is_multiple_of(2) {
+            let problem = format!("{} is odd, but rotary embedding turns pairs", attention.head_dim);
+            return Err(LmError::config("head_dim", problem));
+        }
+        if attention.windows.len() != self.n_layers {
+            let problem = format!("{} entries for {} layers", attention.windows.len(), self.n_layers);
+            return Err(LmError::config("layer_types", problem));
+        }
+        if attention.windows.contains(&Some(0)) {
+            return Err(LmError::config("sliding_window", "0, expected at least 1"));
+        }
+        Ok(())
     }
 }
 

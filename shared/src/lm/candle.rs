@@ -1,0 +1,373 @@
+//! The blocks of [`Ops`] on candle tensors, f32 on the CPU: matrix products by candle, the rest by our kernels.
+
+use std::sync::Arc;
+
+use candle_core::{CpuStorage, Device, InplaceOp1, InplaceOp2, Layout, Storage, Tensor};
+
+use crate::Rows;
+
+use super::kernels::{self, vectorised};
+use super::ops::{Heads, Ops};
+use super::{GateActivation, LmError, Parallel};
+
+/// The largest number of attention scores held at once; longer sequences are taken in more pieces of queries.
+const MAX_SCORES: usize = 1 << 22;
+/// Queries of one piece: small enough that causal masking wastes little, large enough for fast products.
+const QUERY_TILE: usize = 128;
+
+/// Candle on the CPU in f32; elementwise blocks run on the given [`Parallel`].
+#[derive(Clone)]
+pub struct CandleOps {
+    parallel: Arc<dyn Parallel>,
+}
+
+impl std::fmt::Debug for CandleOps {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CandleOps").finish_non_exhaustive()
+    }
+}
+
+/// Cosines and sines `[seq, head_dim / 2]`.
+#[derive(Debug, Clone)]
+pub struct RopeTable {
+    half: usize,
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+impl CandleOps {
+    /// Elementwise blocks run through `parallel`; matrix products use candle's own threads.
+    #[must_use]
+    pub fn new(parallel: Arc<dyn Parallel>) -> Self {
+        Self { parallel }
+    }
+
+    /// Fills `n_rows` rows of `width` from pieces of about 16k values: `fill(first_row, piece)`.
+    fn build(
+        &self,
+        n_rows: usize,
+        width: usize,
+        fill: impl Fn(usize, &mut [f32]) + Sync,
+    ) -> Result<Tensor, LmError> {
+        let mut out = vec![0f32; n_rows * width];
+        let rows = rows_per_piece(width);
+        self.parallel.for_each_piece(&mut out, rows * width, &|i, piece| {
+            vectorised(|| fill(i * rows, piece));
+        });
+        Ok(Tensor::from_vec(out, (n_rows, width), &Device::Cpu)?)
+    }
+
+    /// Query, key or value heads as `[batch · kv, seq · group, head_dim]`, rotated when `rope` is given.
+    /// `first` is the first head in the concatenation and `group` the number of heads that share a key head.
+    fn heads(
+        &self,
+        qkv: &[f32],
+        heads: &Heads,
+        seq: usize,
+        (first, group): (usize, usize),
+        rope: Option<&RopeTable>,
+    ) -> Result<Tensor, LmError> {
+        let (d, width, kv) = (heads.head_dim, heads.qkv_width(), heads.n_kv_heads);
+        let batch = qkv.len() / width / seq;
+        let mut out = vec![0f32; batch * kv * seq * group * d];
+        self.parallel.for_each_piece(&mut out, seq * group * d, &|i, piece| {
+            let (sequence, head) = (i / kv, first + (i % kv) * group);
+            vectorised(|| {
+                for (t, positions) in piece.chunks_exact_mut(group * d).enumerate() {
+                    let from = (sequence * seq + t) * width + head * d;
+                    for (g, out) in positions.chunks_exact_mut(d).enumerate() {
+                        let from = &qkv[from + g * d..from + (g + 1) * d];
+                        match rope {
+                            Some(rope) => {
+                                let angle = t * rope.half..(t + 1) * rope.half;
+                                kernels::rotate(from, out, &rope.cos[angle.clone()], &rope.sin[angle]);
+                            }
+                            None => out.copy_from_slice(from),
+                        }
+                    }
+                }
+            });
+        });
+        Ok(Tensor::from_vec(out, (batch * kv, seq * group, d), &Device::Cpu)?)
+    }
+}
+
+fn rows_per_piece(width: usize) -> usize {
+    (16_384 / width.max(1)).max(1)
+}
+
+/// Shows the values of a contiguous CPU tensor.
+fn with_values<T>(x: &Tensor, see: impl FnOnce(&[f32]) -> Result<T, LmError>) -> Result<T, LmError> {
+    let (storage, layout) = x.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(values) => see(contiguous(values, layout)?),
+        _ => Err(LmError::Backend("tensor is not on the CPU".to_owned())),
+    }
+}
+
+fn contiguous<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
+    let values = storage.as_slice::<f32>()?;
+    let (start, end) = layout
+        .contiguous_offsets()
+        .ok_or_else(|| candle_core::Error::Msg("tensor is not contiguous".to_owned()))?;
+    Ok(&values[start..end])
+}
+
+fn contiguous_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> candle_core::Result<&'a mut [f32]> {
+    let (start, end) = layout
+        .contiguous_offsets()
+        .ok_or_else(|| candle_core::Error::Msg("tensor is not contiguous".to_owned()))?;
+    match storage {
+        CpuStorage::F32(values) => Ok(&mut values[start..end]),
+        _ => Err(candle_core::Error::Msg("tensor is not f32".to_owned())),
+    }
+}
+
+/// `x += y`, rows of `x` against rows of `y` or against one row.
+struct AddInPlace<'a>(&'a dyn Parallel);
+
+impl InplaceOp2 for AddInPlace<'_> {
+    fn name(&self) -> &'static str {
+        "add"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &mut CpuStorage,
+        x_layout: &Layout,
+        y: &CpuStorage,
+        y_layout: &Layout,
+    ) -> candle_core::Result<()> {
+        let (x, y) = (contiguous_mut(x, x_layout)?, contiguous(y, y_layout)?);
+        let one_row = y.len() < x.len();
+        let piece = if one_row { y.len() } else { 16_384 };
+        self.0.for_each_piece(x, piece, &|i, x| {
+            let y = if one_row { y } else { &y[i * piece..i * piece + x.len()] };
+            vectorised(|| kernels::add(x, y));
+        });
+        Ok(())
+    }
+}
+
+/// Causal softmax over scores `[batch · kv, tile · group, keys]`.
+struct MaskedSoftmax<'a> {
+    parallel: &'a dyn Parallel,
+    heads: Heads,
+    group: usize,
+    tile: usize,
+    first_query: usize,
+    first_key: usize,
+    n_keys: usize,
+}
+
+impl InplaceOp1 for MaskedSoftmax<'_> {
+    fn name(&self) -> &'static str {
+        "masked softmax"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        let scores = contiguous_mut(storage, layout)?;
+        // A piece is all query heads of one position, so that its mask is computed once.
+        self.parallel.for_each_piece(scores, self.group * self.n_keys, &|i, rows| {
+            let visible = self.heads.visible(self.first_query + i % self.tile);
+            let visible = visible.start - self.first_key..visible.end - self.first_key;
+            vectorised(|| {
+                for row in rows.chunks_exact_mut(self.n_keys) {
+                    kernels::masked_softmax(row, visible.clone(), self.heads.scale, self.heads.softcap);
+                }
+            });
+        });
+        Ok(())
+    }
+}
+
+/// Puts a tile of mixed heads `[batch · kv, tile · group, head_dim]` into rows `[batch · seq, heads · head_dim]`.
+struct PlaceHeads<'a> {
+    parallel: &'a dyn Parallel,
+    heads: Heads,
+    seq: usize,
+    tile: usize,
+    first_query: usize,
+}
+
+impl InplaceOp2 for PlaceHeads<'_> {
+    fn name(&self) -> &'static str {
+        "place heads"
+    }
+
+    fn cpu_fwd(
+        &self,
+        out: &mut CpuStorage,
+        out_layout: &Layout,
+        mixed: &CpuStorage,
+        mixed_layout: &Layout,
+    ) -> candle_core::Result<()> {
+        let (out, mixed) = (contiguous_mut(out, out_layout)?, contiguous(mixed, mixed_layout)?);
+        let (kv, width) = (self.heads.n_kv_heads, self.heads.n_heads * self.heads.head_dim);
+        let per_kv = width / kv;
+        self.parallel.for_each_piece(out, self.seq * width, &|sequence, rows| {
+            let rows = rows.chunks_exact_mut(width).skip(self.first_query).take(self.tile);
+            for (t, row) in rows.enumerate() {
+                for (k, out) in row.chunks_exact_mut(per_kv).enumerate() {
+                    let from = ((sequence * kv + k) * self.tile + t) * per_kv;
+                    out.copy_from_slice(&mixed[from..from + per_kv]);
+                }
+            }
+        });
+        Ok(())
+    }
+}
+
+/// `x = cap · tanh(x / cap)`.
+struct Softcap<'a>(&'a dyn Parallel, f32);
+
+impl InplaceOp1 for Softcap<'_> {
+    fn name(&self) -> &'static str {
+        "soft-cap"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        let values = contiguous_mut(storage, layout)?;
+        self.0.for_each_piece(values, 16_384, &|_, piece| vectorised(|| kernels::softcap(piece, self.1)));
+        Ok(())
+    }
+}
+
+impl Ops for CandleOps {
+    type Rows = Tensor;
+    type Matrix = Tensor;
+    type Vector = Tensor;
+    type Rope = RopeTable;
+
+    fn matrix(&self, data: Vec<f32>, n_out: usize, n_in: usize) -> Result<Tensor, LmError> {
+        Ok(Tensor::from_vec(data, (n_out, n_in), &Device::Cpu)?)
+    }
+
+    fn vector(&self, data: Vec<f32>) -> Result<Tensor, LmError> {
+        let len = data.len();
+        Ok(Tensor::from_vec(data, len, &Device::Cpu)?)
+    }
+
+    fn upload(&self, data: Vec<f32>, width: usize) -> Result<Tensor, LmError> {
+        let n_rows = Rows::new(&data, width)?.n_rows();
+        Ok(Tensor::from_vec(data, (n_rows, width), &Device::Cpu)?)
+    }
+
+    fn rope(&self, inverse_frequencies: &[f32], seq: usize) -> Result<RopeTable, LmError> {
+        let angles =
+            || (0..seq).flat_map(|position| inverse_frequencies.iter().map(move |f| position as f32 * f));
+        Ok(RopeTable {
+            half: inverse_frequencies.len(),
+            cos: angles().map(f32::cos).collect(),
+            sin: angles().map(f32::sin).collect(),
+        })
+    }
+
+    fn embed(&self, table: &Tensor, ids: &[u32], scale: f32) -> Result<Tensor, LmError> {
+        let (_, width) = table.dims2()?;
+        with_values(table, |table| {
+            self.build(ids.len(), width, |first, piece| {
+                for (out, &id) in piece.chunks_exact_mut(width).zip(&ids[first..]) {
+                    let row = &table[id as usize * width..(id as usize + 1) * width];
+                    for (out, x) in out.iter_mut().zip(row) {
+                        *out = x * scale;
+                    }
+                }
+            })
+        })
+    }
+
+    fn norm(&self, x: &Tensor, gain: &Tensor, eps: f32) -> Result<Tensor, LmError> {
+        let (n_rows, width) = x.dims2()?;
+        with_values(x, |x| {
+            with_values(gain, |gain| {
+                self.build(n_rows, width, |first, piece| {
+                    kernels::rms_norm(&x[first * width..first * width + piece.len()], piece, gain, eps);
+                })
+            })
+        })
+    }
+
+    fn linear(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor, LmError> {
+        let out = x.matmul(&weight.t()?)?;
+        if let Some(bias) = bias {
+            out.inplace_op2(bias, &AddInPlace(&*self.parallel))?;
+        }
+        Ok(out)
+    }
+
+    fn attention(
+        &self,
+        qkv: &Tensor,
+        rope: &RopeTable,
+        heads: &Heads,
+        seq: usize,
+    ) -> Result<Tensor, LmError> {
+        let (n_rows, _) = qkv.dims2()?;
+        let (n_heads, kv, batch) = (heads.n_heads, heads.n_kv_heads, n_rows / seq);
+        let group = n_heads / kv;
+        let (q, k, v) = with_values(qkv, |values| {
+            Ok((
+                self.heads(values, heads, seq, (0, group), Some(rope))?,
+                self.heads(values, heads, seq, (n_heads, 1), Some(rope))?,
+                self.heads(values, heads, seq, (n_heads + kv, 1), None)?,
+            ))
+        })?;
+        let out = Tensor::zeros((n_rows, n_heads * heads.head_dim), candle_core::DType::F32, &Device::Cpu)?;
+        let parallel = &*self.parallel;
+        let affordable = MAX_SCORES / (batch * n_heads * seq).max(1);
+        let step = QUERY_TILE.min(affordable.max(8));
+        for first_query in (0..seq).step_by(step) {
+            let tile = step.min(seq - first_query);
+            let first_key = heads.visible(first_query).start;
+            let n_keys = first_query + tile - first_key;
+            let queries = q.narrow(1, first_query * group, tile * group)?;
+            let scores = queries.matmul(&k.narrow(1, first_key, n_keys)?.t()?)?;
+            scores.inplace_op1(&MaskedSoftmax {
+                parallel,
+                heads: *heads,
+                group,
+                tile,
+                first_query,
+                first_key,
+                n_keys,
+            })?;
+            let mixed = scores.matmul(&v.narrow(1, first_key, n_keys)?)?;
+            out.inplace_op2(&mixed, &PlaceHeads { parallel, heads: *heads, seq, tile, first_query })?;
+        }
+        Ok(out)
+    }
+
+    fn gated(&self, gate_up: &Tensor, activation: GateActivation) -> Result<Tensor, LmError> {
+        let (n_rows, width) = gate_up.dims2()?;
+        let d_ff = width / 2;
+        with_values(gate_up, |values| {
+            self.build(n_rows, d_ff, |first, piece| {
+                let from = &values[first * width..first * width + 2 * piece.len()];
+                kernels::gated(from, piece, d_ff, activation);
+            })
+        })
+    }
+
+    fn add(&self, x: Tensor, y: &Tensor) -> Result<Tensor, LmError> {
+        x.inplace_op2(y, &AddInPlace(&*self.parallel))?;
+        Ok(x)
+    }
+
+    fn slice(&self, x: &Tensor, start: usize, end: usize) -> Result<Tensor, LmError> {
+        Ok(x.narrow(0, start, end.saturating_sub(start))?)
+    }
+
+    fn logits(&self, x: &Tensor, unembedding: &Tensor, softcap: Option<f32>) -> Result<Tensor, LmError> {
+        let logits = self.linear(x, unembedding, None)?;
+        if let Some(cap) = softcap {
+            logits.inplace_op1(&Softcap(&*self.parallel, cap))?;
+        }
+        Ok(logits)
+    }
+
+    fn read<T>(&self, x: &Tensor, see: impl FnOnce(Rows<'_>) -> Result<T, LmError>) -> Result<T, LmError> {
+        let (_, width) = x.dims2()?;
+        with_values(x, |values| see(Rows::new(values, width)?))
+    }
+}

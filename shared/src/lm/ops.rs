@@ -1,0 +1,147 @@
+//! The seam between the decoder and the arithmetic it runs on: a few fused blocks over rows.
+//!
+//! A backend enqueues blocks; only [`Ops::read`] waits for a result.
+
+use crate::Rows;
+
+use super::{GateActivation, LmError};
+
+/// The geometry of one attention block.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Heads {
+    /// The number of query heads.
+    pub n_heads: usize,
+    /// The number of key and value heads.
+    pub n_kv_heads: usize,
+    /// The width of a head.
+    pub head_dim: usize,
+    /// Factor on query·key products.
+    pub scale: f32,
+    /// `cap · tanh(s / cap)` on scaled products, before the mask.
+    pub softcap: Option<f32>,
+    /// Only keys with `key > query − window` are seen.
+    pub window: Option<usize>,
+}
+
+impl Heads {
+    /// The width of concatenated queries, keys and values: `(n_heads + 2 n_kv_heads) · head_dim`.
+    #[must_use]
+    pub fn qkv_width(&self) -> usize {
+        (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
+    }
+
+    /// The range of keys the query at position `t` sees.
+    #[must_use]
+    pub fn visible(&self, t: usize) -> std::ops::Range<usize> {
+        let first = self.window.map_or(0, |window| (t + 1).saturating_sub(window));
+        first..t + 1
+    }
+}
+
+/// The building blocks of a decoder. Activations are rows `[n, width]`; matrices are `[out, in]`, row-major.
+pub trait Ops {
+    /// Rows of activations.
+    type Rows;
+    /// A weight matrix, laid out as the backend likes it.
+    type Matrix;
+    /// A weight vector.
+    type Vector;
+    /// Cosines and sines of the rotary embedding for a sequence length.
+    type Rope;
+
+    /// Takes a weight matrix `[out, in]`.
+    ///
+    /// # Errors
+    /// If the backend cannot hold it.
+    fn matrix(&self, data: Vec<f32>, n_out: usize, n_in: usize) -> Result<Self::Matrix, LmError>;
+
+    /// Takes a weight vector.
+    ///
+    /// # Errors
+    /// If the backend cannot hold it.
+    fn vector(&self, data: Vec<f32>) -> Result<Self::Vector, LmError>;
+
+    /// Takes rows from the host.
+    ///
+    /// # Errors
+    /// If `data` does not fill rows of `width`, or the backend cannot hold them.
+    fn upload(&self, data: Vec<f32>, width: usize) -> Result<Self::Rows, LmError>;
+
+    /// Prepares the rotary embedding: angle `position · inverse_frequencies[i]` for positions `0..seq`.
+    ///
+    /// # Errors
+    /// If the backend cannot hold it.
+    fn rope(&self, inverse_frequencies: &[f32], seq: usize) -> Result<Self::Rope, LmError>;
+
+    /// Rows `ids` of `table`, times `scale`. Ids are below the table's height.
+    ///
+    /// # Errors
+    /// The backend's own.
+    fn embed(&self, table: &Self::Matrix, ids: &[u32], scale: f32) -> Result<Self::Rows, LmError>;
+
+    /// RMS normalisation `x / √(mean x² + eps) · gain`.
+    ///
+    /// # Errors
+    /// The backend's own.
+    fn norm(&self, x: &Self::Rows, gain: &Self::Vector, eps: f32) -> Result<Self::Rows, LmError>;
+
+    /// `x Wᵀ + bias`.
+    ///
+    /// # Errors
+    /// The backend's own.
+    fn linear(
+        &self,
+        x: &Self::Rows,
+        weight: &Self::Matrix,
+        bias: Option<&Self::Vector>,
+    ) -> Result<Self::Rows, LmError>;
+
+    /// Causal self-attention within sequences of `seq` rows, from concatenated query, key and value heads
+    /// `[n, qkv_width]`: rotary embedding, scale, soft-cap, mask, softmax, weighted sum. Returns concatenated heads.
+    ///
+    /// # Errors
+    /// The backend's own.
+    fn attention(
+        &self,
+        qkv: &Self::Rows,
+        rope: &Self::Rope,
+        heads: &Heads,
+        seq: usize,
+    ) -> Result<Self::Rows, LmError>;
+
+    /// `act(gate) ∘ up` from concatenated gate and up halves `[n, 2 d_ff]`.
+    ///
+    /// # Errors
+    /// The backend's own.
+    fn gated(&self, gate_up: &Self::Rows, activation: GateActivation) -> Result<Self::Rows, LmError>;
+
+    /// `x + y`, taking `x`'s place.
+    ///
+    /// # Errors
+    /// The backend's own.
+    fn add(&self, x: Self::Rows, y: &Self::Rows) -> Result<Self::Rows, LmError>;
+
+    /// Rows `start..end`.
+    ///
+    /// # Errors
+    /// The backend's own.
+    fn slice(&self, x: &Self::Rows, start: usize, end: usize) -> Result<Self::Rows, LmError>;
+
+    /// `cap · tanh((x Eᵀ) / cap)` for the unembedding `E` `[vocab, d_model]`.
+    ///
+    /// # Errors
+    /// The backend's own.
+    fn logits(
+        &self,
+        x: &Self::Rows,
+        unembedding: &Self::Matrix,
+        softcap: Option<f32>,
+    ) -> Result<Self::Rows, LmError>;
+
+    /// Waits for `x` and shows it to `see`.
+    ///
+    /// # Errors
+    /// What `see` reports, or the backend's own.
+    fn read<T>(&self, x: &Self::Rows, see: impl FnOnce(Rows<'_>) -> Result<T, LmError>)
+    -> Result<T, LmError>;
+}
