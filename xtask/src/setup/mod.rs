@@ -57,18 +57,9 @@ pub(crate) struct Tools {
 pub(crate) fn run(places: &Places, purpose: Purpose, report: &mut Report) -> Result<Tools> {
     report.heading("Set-up");
     let _lock = Lock::take(&places.cache)?;
+    // What may end in a sentence for the user comes before what takes minutes.
     rust::ensure_wasm_target(report)?;
     npm::ensure_node(report)?;
-    let mut path = vec![
-        rust::ensure_tool(places, report, &rust::Tool::trunk(TRUNK))?,
-        rust::ensure_tool(
-            places,
-            report,
-            &rust::Tool::wasm_bindgen(&places.locked_version("wasm-bindgen")?),
-        )?,
-        npm::ensure_wasm_opt(places, report, BINARYEN)?,
-    ];
-    path.dedup();
     let mut chromium = None;
     if purpose != Purpose::Demo {
         browser::ensure_vulkan(report)?;
@@ -77,5 +68,14 @@ pub(crate) fn run(places: &Places, purpose: Purpose, report: &mut Report) -> Res
         chromium = Some(browser::ensure_chromium(report)?);
         npm::ensure_browser_tests(places, report)?;
     }
+    let path = vec![
+        rust::ensure_tool(places, report, &rust::Tool::trunk(TRUNK))?,
+        rust::ensure_tool(
+            places,
+            report,
+            &rust::Tool::wasm_bindgen(&places.locked_version("wasm-bindgen")?),
+        )?,
+        npm::ensure_wasm_opt(places, report, BINARYEN)?,
+    ];
     Ok(Tools { path, chromium })
 }
