@@ -242,7 +242,7 @@ impl Demo<'_> {
 
     fn serve(&self, site: &Path) -> Result<()> {
         eprintln!("Serving it now; Ctrl-C ends that.");
-        let served = Program::new(&self.binary).arg("serve").arg(site).run();
+        let served = self.native("site").arg("--out").arg(site).args(["--serve", "127.0.0.1:8080"]).run();
         // Ending the server is the ordinary end of the demo.
         if run::was_stopped() { Ok(()) } else { served.context("the site could not be served") }
     }
