@@ -1,8 +1,8 @@
 //! The stages of Stratascope on a machine with files, threads and a clock, in the order data flows:
 //! [`text`] → [`harvest`] → [`store`] → [`train`] → [`evaluate`] → [`features`] → [`site`].
 //!
-//! [`sae_files`] reads and writes autoencoders; [`model`] finds and loads language models; [`cpu`] is the fast CPU backend; [`cli`] and `cmd` are
-//! the thin command line over these modules.
+//! [`sae_files`] reads and writes autoencoders; [`model`] finds and loads language models; [`cpu`] is the
+//! fast CPU backend; [`doctor`] looks at the machine; [`cli`] and `cmd` are the thin command line over them.
 #![cfg_attr(
     test,
     allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests assert by panicking")
@@ -11,6 +11,7 @@
 pub mod cli;
 mod cmd;
 pub mod cpu;
+pub mod doctor;
 pub mod evaluate;
 pub mod features;
 pub mod files;

@@ -1,11 +1,115 @@
 //! `stratascope features`.
 
-use anyhow::{Result, bail};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use shared::config::Count;
+
+use crate::evaluate::EvalReport;
+use crate::features::select::Amounts;
+use crate::features::{self, Names, Options, Source, texts};
+use crate::stop::StopFlag;
+use crate::store::Store;
+use crate::{model, sae_files};
 
 /// Arguments of `features`.
 #[derive(Debug, clap::Args)]
-pub(crate) struct Args {}
+#[command(after_help = "\
+Encodes training vectors of the store and collects, for each latent, its density, largest and mean
+activation, a histogram, examples (largest, from each quarter of the range, random), the logits it raises
+and lowers, and its nearest latents; and runs the passages of --texts through the model for live encoding.
+The result is a pack: a folder of safetensors and JSON files, described in docs/pack.md.
 
-pub(crate) fn run(_args: &Args) -> Result<()> {
-    bail!("not built yet")
+Example:
+  stratascope features --sae runs/a --store store --model SmolLM2.gguf \\
+      --texts configs/demo-texts.toml --eval runs/a/eval/eval.json --out packs/a")]
+pub(crate) struct Args {
+    /// The autoencoder: a folder or file of any format that can be read.
+    #[arg(long, value_name = "PATH")]
+    sae: PathBuf,
+    /// The activation store made by `harvest`.
+    #[arg(long, value_name = "DIR")]
+    store: PathBuf,
+    /// The language model the store was harvested from.
+    #[arg(long, value_name = "PATH")]
+    model: PathBuf,
+    /// Passages to bundle: TOML with a [[text]] table (id, title, source, text) for each.
+    #[arg(long, value_name = "FILE")]
+    texts: Option<PathBuf>,
+    /// The eval.json of this autoencoder, to quote in the pack.
+    #[arg(long, value_name = "FILE")]
+    eval: Option<PathBuf>,
+    /// Folder of the pack; an older pack there is replaced.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Training tokens to encode, in whole sequences.
+    #[arg(long, value_name = "N", default_value = "300k")]
+    tokens: Count,
+    /// Examples with the largest activations.
+    #[arg(long, value_name = "N", default_value_t = 12)]
+    top: usize,
+    /// Examples from each quarter of the activation range.
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    per_quarter: usize,
+    /// Examples drawn at random among all activations.
+    #[arg(long, value_name = "N", default_value_t = 6)]
+    random: usize,
+    /// Tokens shown before the chosen one.
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    before: usize,
+    /// Tokens shown after it.
+    #[arg(long, value_name = "N", default_value_t = 12)]
+    after: usize,
+    /// Latents in a feature file: what a page loads to show one of them.
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    latents_per_shard: usize,
+    /// Most tokens of a bundled passage.
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    text_tokens: usize,
+    /// Seed of the random examples.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Short name of the pack; made from model, tap and width when not given.
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+    /// Title of the pack.
+    #[arg(long, value_name = "TEXT")]
+    title: Option<String>,
+    /// Name of the text the store was harvested from.
+    #[arg(long, value_name = "TEXT")]
+    corpus: Option<String>,
+}
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let stop = StopFlag::from_signals()?;
+    let passages = args.texts.as_deref().map(texts::read).transpose()?.unwrap_or_default();
+    let eval = args.eval.as_deref().map(read_eval).transpose()?;
+    let file = sae_files::read(&args.sae).context("cannot read the autoencoder")?;
+    let store = Store::open(&args.store).context("cannot open the store")?;
+    let model = model::load(&args.model).context("cannot load the language model")?;
+    let source =
+        Source { file: &file, store: &store, model: &model, passages: &passages, eval: eval.as_ref() };
+    let names = Names { name: args.name.clone(), title: args.title.clone(), corpus: args.corpus.clone() };
+    features::collect(&source, &args.options(), &names, &args.out, &stop)?;
+    tracing::info!("pack written to {}", args.out.display());
+    Ok(())
+}
+
+impl Args {
+    fn options(&self) -> Options {
+        let &Self { top, per_quarter, random, before, after, .. } = self;
+        Options {
+            tokens: self.tokens.0,
+            amounts: Amounts { top, per_quarter, random, before, after },
+            latents_per_shard: self.latents_per_shard,
+            text_tokens: self.text_tokens,
+            seed: self.seed,
+        }
+    }
+}
+
+fn read_eval(path: &Path) -> Result<EvalReport> {
+    let context = || format!("cannot read the evaluation {}", path.display());
+    let bytes = std::fs::read(path).with_context(context)?;
+    serde_json::from_slice(&bytes).with_context(context)
 }
