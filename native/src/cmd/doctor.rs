@@ -34,13 +34,13 @@ fn text(findings: &Findings) -> String {
     };
     let mut lines = vec![
         format!("stratascope {}", findings.version),
-        format!("processor   {}, {} threads", cpu.model, cpu.threads),
-        format!("            has {}; lacks {}", with(true), with(false)),
-        format!("memory      {} of {} available", gib(findings.memory_available), gib(findings.memory_total)),
+        format!("processor     {}, {} threads", cpu.model, cpu.threads),
+        format!("              has {}; lacks {}", with(true), with(false)),
+        format!("memory        {} of {} available", gib(findings.memory_available), gib(findings.memory_total)),
     ];
     if let Some(disk) = &findings.disk {
         lines.push(format!(
-            "disk        {} of {} free on {}",
+            "disk          {} of {} free on {}",
             gib(disk.free),
             gib(disk.total),
             disk.mount.display()
@@ -48,8 +48,8 @@ fn text(findings: &Findings) -> String {
     }
     let gpu = &findings.gpu;
     let devices = if gpu.devices.is_empty() { "an NVIDIA GPU".to_owned() } else { gpu.devices.join(", ") };
-    lines.push(format!("GPU         {}", if gpu.usable { devices } else { "none usable".to_owned() }));
-    lines.extend(gpu.notes.iter().map(|note| format!("            {note}")));
+    lines.push(format!("GPU           {}", if gpu.usable { devices } else { "none usable".to_owned() }));
+    lines.extend(gpu.notes.iter().map(|note| format!("              {note}")));
     for tool in &findings.tools {
         let found = match (&tool.path, &tool.version) {
             (Some(path), version) => {
@@ -57,7 +57,7 @@ fn text(findings: &Findings) -> String {
             }
             (None, _) => format!("not found ({})", tool.purpose),
         };
-        lines.push(format!("{:<12}{found}", tool.name));
+        lines.push(format!("{:<14}{found}", tool.name));
     }
     lines.join("\n") + "\n"
 }

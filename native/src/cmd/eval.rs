@@ -14,10 +14,9 @@ use crate::{files, model, sae_files};
 /// Arguments of `eval`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Writes eval.json, eval.md and density.svg into --out.
-L0 and FVU are measured on the store's held-out vectors. With --model, held-out text is run through the
-language model three times: untouched, with the tap replaced by its reconstruction, and with the tap set to
-zero. Special tokens and dropped positions keep their own activations.
+Writes eval.json, eval.md and density.svg into --out. L0 and FVU are measured on the store's held-out vectors. \
+With --model, held-out text is run through the language model three times: untouched, with the tap replaced by \
+its reconstruction, and with the tap set to zero. Special tokens and dropped positions keep their own activations.
 
 Example:
   stratascope eval --sae runs/a --store store --model SmolLM2.gguf --out runs/a/eval")]

@@ -15,10 +15,10 @@ use crate::{model, sae_files};
 /// Arguments of `features`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Encodes training vectors of the store and collects, for each latent, its density, largest and mean
-activation, a histogram, examples (largest, from each quarter of the range, random), the logits it raises
-and lowers, and its nearest latents; and runs the passages of --texts through the model for live encoding.
-The result is a pack: a folder of safetensors and JSON files, described in docs/pack.md.
+Encodes training vectors of the store and collects, for each latent, its density, largest and mean activation, a \
+histogram, examples (largest, from each quarter of the range, random), the logits it raises and lowers, and its \
+nearest latents; and runs the passages of --texts through the model for live encoding. The result is a pack: a \
+folder of safetensors and JSON files, described in docs/pack.md.
 
 Example:
   stratascope features --sae runs/a --store store --model SmolLM2.gguf \\

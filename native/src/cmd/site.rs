@@ -11,8 +11,8 @@ use crate::site;
 /// Arguments of `site`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Puts the built page and packs together as static files: any web server can publish them, on any path.
-Every file of a pack is compared with the hash in its manifest on the way.
+Puts the built page and packs together as static files: any web server can publish them, on any path. Every file \
+of a pack is compared with the hash in its manifest on the way.
 
 Examples:
   stratascope site --pack packs/a --pack packs/b --out site
