@@ -1,2 +1,360 @@
 //! From text to a store: tokens through the language model, taps into shards.
-pub(crate) const PARTIAL_MANIFEST: &str = "manifest.partial.json";
+//!
+//! Two phases. First the text becomes token sequences, which are written (`sequences`). Then the sequences go through
+//! the model batch by batch; the vectors of every tap are appended to a spool (`spool`), and when a bucket is full its
+//! vectors are written as shards in shuffled order (`bucket`). The state between buckets is `partial`. A harvest stopped or
+//! killed at any point goes on when it is run again, and ends with the bytes it would have had.
+
+use std::fs::{self, File, TryLockError};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use indicatif::ProgressBar;
+use shared::config::harvest::HarvestConfig;
+use shared::tap::TapPoint;
+
+use crate::files;
+use crate::model::{LoadedModel, ModelProvenance};
+use crate::progress;
+use crate::stop::{StopFlag, Stopped};
+use crate::store::manifest::TokenizerInfo;
+use crate::store::{self, Manifest, Split, Store, Tokens};
+
+mod bucket;
+mod partial;
+mod plan;
+mod random;
+mod sequences;
+pub mod source;
+mod space;
+mod spool;
+mod summary;
+#[cfg(test)]
+mod tests;
+
+use bucket::Folders;
+use partial::{Half, Partial};
+use plan::{Bucket, Keep};
+use source::{ActivationModel, Encode};
+pub use summary::Summary;
+
+/// The file that says how far an unfinished harvest is.
+pub const PARTIAL_MANIFEST: &str = "manifest.partial.json";
+/// The resolved configuration, kept in the store.
+pub const CONFIG: &str = "harvest.toml";
+/// The folder of unfinished work inside a store.
+const PARTIAL: &str = "partial";
+
+/// The model side of a harvest.
+#[derive(Clone)]
+pub struct Inputs<'a> {
+    /// Text to tokens.
+    pub encode: &'a dyn Encode,
+    /// Tokens to activations.
+    pub model: &'a dyn ActivationModel,
+    /// What the manifest says of the tokenizer.
+    pub tokenizer: TokenizerInfo,
+    /// What it says of the model.
+    pub provenance: ModelProvenance,
+    /// The width of the residual stream.
+    pub d_model: usize,
+}
+
+impl<'a> Inputs<'a> {
+    /// The inputs a loaded model gives under `config`.
+    ///
+    /// # Errors
+    /// If `separator` is no special token of the model.
+    pub fn of(loaded: &'a LoadedModel, config: &HarvestConfig) -> Result<Self> {
+        Ok(Self {
+            encode: &loaded.tokenizer,
+            model: &loaded.model,
+            tokenizer: source::tokenizer_info(&loaded.tokenizer, &config.separator)?,
+            provenance: loaded.provenance.clone(),
+            d_model: loaded.model.spec().d_model,
+        })
+    }
+}
+
+/// Where time went.
+#[derive(Debug, Clone, Copy, Default)]
+struct Times {
+    model: Duration,
+    disk: Duration,
+}
+
+/// The finished store in `out`, if `config` already made it.
+///
+/// # Errors
+/// If `out` holds a store, finished or not, of another configuration; names the keys that differ.
+pub fn finished(config: &HarvestConfig, out: &Path) -> Result<Option<Store>> {
+    if let Some(partial) = Partial::read(out)? {
+        refuse_other(config, &partial.config, out)?;
+    }
+    if !out.join(store::MANIFEST).exists() {
+        return Ok(None);
+    }
+    let path = out.join(CONFIG);
+    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let made: HarvestConfig =
+        shared::config::resolve(&text, &[]).with_context(|| path.display().to_string())?;
+    refuse_other(config, &made, out)?;
+    let store = Store::open(out)?;
+    remove_partial(out)?;
+    Ok(Some(store))
+}
+
+fn refuse_other(config: &HarvestConfig, made: &HarvestConfig, out: &Path) -> Result<()> {
+    let keys = partial::differing_keys(config, made)?;
+    ensure!(
+        keys.is_empty(),
+        "{} holds a store made with other settings ({}): choose another folder, or the same settings",
+        out.display(),
+        keys.join(", ")
+    );
+    Ok(())
+}
+
+/// Harvests into `out`, from the beginning or from where an earlier run was stopped.
+///
+/// # Errors
+/// [`Stopped`] when `stop` was raised, with a resumable state left behind; else what went wrong with text, model or disk. What
+/// was finished stays.
+pub fn run(config: &HarvestConfig, out: &Path, inputs: &Inputs<'_>, stop: &StopFlag) -> Result<Summary> {
+    config.validate()?;
+    let started = Instant::now();
+    let taps: Vec<_> = config.tap_points(inputs.model.n_layers())?;
+    let taps: Vec<_> = taps.into_iter().map(|point| (point, inputs.model.width(point.site))).collect();
+    let folders = Folders { store: out.to_owned(), partial: out.join(PARTIAL) };
+    let _lock = claim(&folders)?;
+    let (mut partial, halves) = match Partial::read(out)? {
+        Some(partial) => {
+            refuse_other(config, &partial.config, out)?;
+            ensure!(
+                partial.model == inputs.provenance && partial.taps == taps,
+                "the unfinished store {} was made with another model than {}: it cannot be resumed",
+                out.display(),
+                config.model
+            );
+            let halves = reread(out, &partial)?;
+            (partial, halves)
+        }
+        None => begin(config, out, inputs, taps, stop)?,
+    };
+    let run = Run { config, folders, inputs, stop, halves: &halves };
+    let (manifest, times) = run.finish(&mut partial).map_err(|error| summary::explain(error, &partial))?;
+    remove_partial(out)?;
+    Ok(Summary::new(&manifest, started.elapsed(), times.model, times.disk))
+}
+
+/// Makes the folder ours: it must be new, empty, or an unfinished store nobody else is writing.
+fn claim(folders: &Folders) -> Result<File> {
+    let out = &folders.store;
+    let occupied = fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some());
+    ensure!(
+        !occupied || folders.partial.is_dir(),
+        "{} is not empty and holds no unfinished store: choose another folder",
+        out.display()
+    );
+    fs::create_dir_all(&folders.partial)
+        .with_context(|| format!("cannot create {}", folders.partial.display()))?;
+    let path = folders.partial.join("lock");
+    let lock = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
+    match lock.try_lock() {
+        Ok(()) => Ok(lock),
+        Err(TryLockError::WouldBlock) => bail!("another process is harvesting into {}", out.display()),
+        Err(TryLockError::Error(error)) => {
+            Err(error).with_context(|| format!("cannot lock {}", path.display()))
+        }
+    }
+}
+
+fn remove_partial(out: &Path) -> Result<()> {
+    let (state, work) = (out.join(PARTIAL_MANIFEST), out.join(PARTIAL));
+    if state.exists() {
+        fs::remove_file(&state).with_context(|| format!("cannot remove {}", state.display()))?;
+    }
+    if work.exists() {
+        fs::remove_dir_all(&work).with_context(|| format!("cannot remove {}", work.display()))?;
+    }
+    Ok(())
+}
+
+/// The first phase: text to sequences, on disk, and the state that the second phase advances.
+fn begin(
+    config: &HarvestConfig,
+    out: &Path,
+    inputs: &Inputs<'_>,
+    taps: Vec<(TapPoint, usize)>,
+    stop: &StopFlag,
+) -> Result<(Partial, [Tokens; 2])> {
+    let sources = crate::text::find(&config.text)?;
+    let bar = progress::bar(config.tokens.0, "tokenise", "tokens");
+    let corpus = sequences::collect(config, inputs.encode, &inputs.tokenizer, &sources, &bar, stop)?;
+    bar.finish_and_clear();
+    for (split, wanted) in Split::ALL.into_iter().zip(corpus.wanted) {
+        let found = corpus.halves[split as usize].n_sequences();
+        if found < wanted {
+            tracing::warn!("the text ends early: {found} of {wanted} {} sequences", split.folder());
+        }
+    }
+    let half = |split: Split| -> Result<Half> {
+        let tokens = &corpus.halves[split as usize];
+        let file = partial::write_tokens(&store::tokens_path(out, split), tokens)?;
+        Ok(Half { n_sequences: tokens.n_sequences(), tokens: file, buckets: Vec::new() })
+    };
+    let halves = [half(Split::Train)?, half(Split::HeldOut)?];
+    let partial = Partial {
+        version: store::manifest::VERSION,
+        config: config.clone(),
+        model: inputs.provenance.clone(),
+        n_layers: inputs.model.n_layers(),
+        d_model: inputs.d_model,
+        tokenizer: inputs.tokenizer.clone(),
+        taps,
+        text: corpus.text,
+        text_counts: corpus.counts,
+        halves,
+    };
+    files::write_bytes(&out.join(CONFIG), shared::config::to_toml(config)?.as_bytes())?;
+    partial.write(out)?;
+    Ok((partial, corpus.halves))
+}
+
+fn reread(out: &Path, partial: &Partial) -> Result<[Tokens; 2]> {
+    let read = |split: Split| {
+        let half = &partial.halves[split as usize];
+        store::read_tokens(out, split, &half.tokens, half.n_sequences, partial.config.sequence_length)
+    };
+    Ok([read(Split::Train)?, read(Split::HeldOut)?])
+}
+
+/// The second phase.
+struct Run<'a> {
+    config: &'a HarvestConfig,
+    folders: Folders,
+    inputs: &'a Inputs<'a>,
+    stop: &'a StopFlag,
+    halves: &'a [Tokens; 2],
+}
+
+impl Run<'_> {
+    fn finish(&self, partial: &mut Partial) -> Result<(Manifest, Times)> {
+        let (tokenizer, dropped) = (partial.tokenizer.clone(), partial.dropped());
+        let keep = Keep { tokenizer: &tokenizer, dropped: &dropped };
+        let plans =
+            self.halves.each_ref().map(|half| plan::buckets(half, keep, self.config.bucket_vectors.0));
+        space::check(&self.folders.store, partial, &plans)?;
+        let total: u64 = self.halves.iter().map(|half| half.ids.len() as u64).sum();
+        let bar = progress::bar(total, "harvest", "tokens");
+        let mut times = Times::default();
+        for split in Split::ALL {
+            for (index, bucket) in plans[split as usize].iter().enumerate() {
+                if index < partial.halves[split as usize].buckets.len() {
+                    self.skip(&bar, bucket.sequences.len());
+                    continue;
+                }
+                self.fill(partial, keep, (split, index), bucket, &bar, &mut times)?;
+                self.close(partial, keep, (split, index), bucket, &mut times)?;
+            }
+        }
+        bar.finish_and_clear();
+        let moments = bucket::total_moments(&self.folders.partial, plans[0].len(), &partial.taps)?;
+        Ok((partial.finish(&self.folders.store, &moments)?, times))
+    }
+
+    fn skip(&self, bar: &ProgressBar, sequences: usize) {
+        bar.inc((sequences * self.config.sequence_length) as u64);
+        // What an earlier run did says nothing about this run's speed.
+        bar.reset_eta();
+    }
+
+    /// Runs the model over the bucket's sequences and spools its vectors.
+    fn fill(
+        &self,
+        partial: &Partial,
+        keep: Keep<'_>,
+        (split, index): (Split, usize),
+        bucket: &Bucket,
+        bar: &ProgressBar,
+        times: &mut Times,
+    ) -> Result<()> {
+        let (tokens, length) = (&self.halves[split as usize], self.config.sequence_length);
+        let start = bucket.sequences.start;
+        let count = |n: usize| keep.count(tokens, start..(start + n).min(bucket.sequences.end));
+        let mut spool = spool::Spool::open(
+            &self.folders.partial,
+            &partial.taps,
+            self.config.dtype,
+            (split, index),
+            count,
+        )?;
+        // Batches begin where they would have begun without a stop, so that their arithmetic is the same.
+        self.skip(bar, spool.n_sequences());
+        let points: Vec<_> = partial.taps.iter().map(|&(point, _)| point).collect();
+        while start + spool.n_sequences() < bucket.sequences.end {
+            if self.stop.is_raised() {
+                spool.save()?;
+                bar.finish_and_clear();
+                return Err(Stopped.into());
+            }
+            let first = start + spool.n_sequences();
+            let end = (first + self.config.batch).min(bucket.sequences.end);
+            let ids = &tokens.ids[first * length..end * length];
+            let rows: Vec<usize> = ids
+                .chunks_exact(length)
+                .enumerate()
+                .flat_map(|(i, sequence)| keep.positions(sequence).map(move |p| i * length + p as usize))
+                .collect();
+            let (before, mut disk, mut seen) = (Instant::now(), Duration::ZERO, vec![false; points.len()]);
+            self.inputs.model.activations(ids, length, &points, &mut |point, value| {
+                let now = Instant::now();
+                let tap =
+                    points.binary_search(&point).ok().context("the model gave a tap nobody asked for")?;
+                value.expect_width("activations", partial.taps[tap].1)?;
+                ensure!(
+                    value.n_rows() == ids.len() && !seen[tap],
+                    "the model gave {} rows at {point}",
+                    value.n_rows()
+                );
+                seen[tap] = true;
+                let sequences = || format!("{point}, {} sequences {first}..{end}", split.folder());
+                spool.append(tap, value, &rows, self.config.dtype).with_context(sequences)?;
+                disk += now.elapsed();
+                Ok(())
+            })?;
+            ensure!(seen.iter().all(|s| *s), "the model did not give every tap asked for");
+            times.model += before.elapsed().saturating_sub(disk);
+            times.disk += disk;
+            spool.advance(end - first)?;
+            bar.inc(ids.len() as u64);
+            bar.set_message(summary::shares(times.model, times.disk));
+        }
+        spool.save()
+    }
+
+    /// Writes the full bucket as shards and records it.
+    fn close(
+        &self,
+        partial: &mut Partial,
+        keep: Keep<'_>,
+        (split, index): (Split, usize),
+        bucket: &Bucket,
+        times: &mut Times,
+    ) -> Result<()> {
+        let before = Instant::now();
+        let layout = plan::layout(&self.halves[split as usize], keep, bucket, self.config.seed, split, index);
+        let first = partial.halves[split as usize].n_shards();
+        let (shards, moments) =
+            bucket::write(&self.folders, self.config, &partial.taps, &layout, split, first)?;
+        if split == Split::Train {
+            bucket::save_moments(&self.folders.partial, index, &partial.taps, &moments)?;
+        }
+        partial.halves[split as usize].buckets.push(shards);
+        partial.write(&self.folders.store)?;
+        spool::clear(&self.folders.partial, &partial.taps)?;
+        times.disk += before.elapsed();
+        Ok(())
+    }
+}

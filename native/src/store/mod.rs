@@ -14,7 +14,7 @@ use safetensors::tensor::Dtype;
 use shared::config::harvest::StoreDtype;
 use shared::tap::TapPoint;
 
-mod describe;
+pub(crate) mod describe;
 pub mod manifest;
 pub(crate) mod tensors;
 #[cfg(test)]
