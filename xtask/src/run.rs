@@ -223,4 +223,22 @@ mod tests {
             Program::new("no-such-program-here").capture().unwrap_err().to_string().contains("cannot start")
         );
     }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_stop_reaches_the_children_of_the_child() {
+        use std::io::Read;
+        let mut program = Program::new("sh").args(["-c", "sleep 60 & echo started; wait"]);
+        own_group(&mut program.command);
+        let mut child = program.command.stdout(Stdio::piped()).spawn().unwrap();
+        let mut output = child.stdout.take().unwrap();
+        let mut started = [0; 8];
+        output.read_exact(&mut started).unwrap();
+        pass_on(&mut child, 1);
+        assert!(!child.wait().unwrap().success());
+        // The pipe closes only when the grandchild, which inherited it, has ended too.
+        let before = std::time::Instant::now();
+        output.read_to_string(&mut String::new()).unwrap();
+        assert!(before.elapsed() < Duration::from_secs(30));
+    }
 }

@@ -46,7 +46,7 @@ pub(crate) fn probe() -> Result<()> {
 }
 
 fn folder_in(models: &Path) -> PathBuf {
-    models.join("SmolLM2-135M-hub")
+    models.join("SmolLM2-135M")
 }
 
 /// A download of an earlier run, if it is whole.
