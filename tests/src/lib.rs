@@ -4,4 +4,8 @@
     allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests assert by panicking")
 )]
 
+pub mod compare;
 pub mod fixture_pack;
+pub mod golden;
+pub mod impostor;
+pub mod suite;

@@ -1,0 +1,38 @@
+//! The conformance suite on the CPU backends, and on impostors it must reject.
+
+use std::convert::Infallible;
+
+use conformance::impostor::{Fault, Impostor};
+use conformance::suite;
+use native::cpu::CpuBackend;
+use shared::cpu::ScalarBackend;
+use shared::reference::Reference;
+
+#[test]
+fn the_reference_conforms() {
+    let report = pollster::block_on(suite::run(async |sae| Ok::<_, Infallible>(Reference::new(sae))));
+    assert!(report.passed(), "{report}");
+    assert!(report.checks.len() > 150, "only {} checks ran", report.checks.len());
+}
+
+#[test]
+fn the_portable_backend_conforms() {
+    let report = pollster::block_on(suite::run(async |sae| Ok::<_, Infallible>(ScalarBackend::new(sae))));
+    assert!(report.passed(), "{report}");
+}
+
+#[test]
+fn the_fast_backend_conforms() {
+    let report = pollster::block_on(suite::run(async |sae| Ok::<_, Infallible>(CpuBackend::new(sae))));
+    assert!(report.passed(), "{report}");
+}
+
+#[test]
+fn every_impostor_is_rejected() {
+    for fault in Fault::ALL {
+        let report = pollster::block_on(suite::run(async |sae| Impostor::new(sae, fault)));
+        assert!(!report.passed(), "{fault:?} passed {} checks", report.checks.len());
+        let built = report.checks.iter().all(|check| !check.name.ends_with("build"));
+        assert!(built, "{fault:?} was rejected for not building: {report}");
+    }
+}
