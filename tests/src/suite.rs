@@ -210,7 +210,7 @@ pub fn seeded_cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for (seed, (d_in, n, d_out, n_rows)) in (1u64..).zip(sizes) {
         for kind in ["jumprelu", "relu", "top-1", "top-k", "top-n"] {
-            let mut random = Random(seed * 0x9e37_79b9_7f4a_7c15);
+            let mut random = Random(seed);
             let x = random.normal(n_rows * d_in, 1.0);
             if let Ok(sae) = seeded_sae(&mut random, (d_in, n, d_out), kind, &x) {
                 cases.push(Case { name: format!("{kind} {d_in}x{n}->{d_out}, {n_rows} rows"), sae, x });
