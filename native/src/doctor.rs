@@ -153,7 +153,7 @@ fn gpu(root: &Path) -> Gpu {
     let library = library(root);
     match &library {
         Some(path) => {
-            notes.push(format!("driver library: /{}", path.strip_prefix(root).unwrap_or(path).display()))
+            notes.push(format!("driver library: /{}", path.strip_prefix(root).unwrap_or(path).display()));
         }
         None => notes.push("no libcuda.so.1 in the usual folders or LD_LIBRARY_PATH".to_owned()),
     }

@@ -72,9 +72,7 @@ impl Stream {
     /// A number below `n` (which must not be zero).
     pub fn below(&mut self, n: usize) -> usize {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        #[expect(clippy::cast_possible_truncation, reason = "31 bits fit everywhere")]
-        let high = (self.0 >> 33) as usize;
-        high % n
+        (self.0 >> 33) as usize % n
     }
 
     /// A value in `[-1, 1)`, a multiple of 2⁻¹².

@@ -1,4 +1,5 @@
 //! The pack as a whole: what is written is read back, agrees with itself, and damage is noticed.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests assert by panicking")]
 
 use conformance::fixture_pack::{self, D_IN, N_LATENTS};
 use shared::pack::{self, Decoder, Encoder, FeatureShard, Group, Index, Manifest, Text, TextEntry};

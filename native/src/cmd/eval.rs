@@ -61,10 +61,6 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     files::write_bytes(&args.out.join("eval.md"), markdown.as_bytes())?;
     files::write_bytes(&args.out.join("eval.json"), &json)?;
     let mut out = std::io::stdout().lock();
-    if args.json {
-        out.write_all(&json)?
-    } else {
-        out.write_all(markdown.as_bytes())?
-    }
+    out.write_all(if args.json { &json } else { markdown.as_bytes() })?;
     Ok(())
 }

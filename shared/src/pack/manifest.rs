@@ -343,7 +343,8 @@ pub(super) mod tests {
 
     #[test]
     fn each_rule_is_enforced() {
-        let broken: [(&str, fn(&mut Manifest)); 14] = [
+        type Breaks = fn(&mut Manifest);
+        let broken: [(&str, Breaks); 14] = [
             ("format", |m| m.format = "other".to_owned()),
             ("version", |m| m.version = 2),
             ("name", |m| m.name = "../up".to_owned()),
