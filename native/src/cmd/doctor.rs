@@ -36,7 +36,11 @@ fn text(findings: &Findings) -> String {
         format!("stratascope {}", findings.version),
         format!("processor     {}, {} threads", cpu.model, cpu.threads),
         format!("              has {}; lacks {}", with(true), with(false)),
-        format!("memory        {} of {} available", gib(findings.memory_available), gib(findings.memory_total)),
+        format!(
+            "memory        {} of {} available",
+            gib(findings.memory_available),
+            gib(findings.memory_total)
+        ),
     ];
     if let Some(disk) = &findings.disk {
         lines.push(format!(
