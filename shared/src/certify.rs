@@ -4,9 +4,12 @@
 //! of `n` products (Higham, *Accuracy and Stability of Numerical Algorithms*, §3.1, with
 //! Cauchy–Schwarz for Σ|wᵢxᵢ|) gives a margin `δ` with `|ẑ − z| ≤ δ`. Pre-activations farther than `δ`
 //! from the threshold are decided by `ẑ`; the few inside are decided by [`crate::reference`], in f64.
+//!
+//! [`Screen`] goes one step further for backends on the host: whatever passes the screen is summed again in f64,
+//! so that values too are those of the reference. Few latents pass, so it costs little.
 
 use crate::reference;
-use crate::sae::Sae;
+use crate::sae::{Activation, Sae};
 
 /// Unit roundoff of f32, `2⁻²⁴`.
 const UNIT_ROUNDOFF: f32 = 5.960_464_5e-8;
@@ -28,7 +31,10 @@ impl Margins {
         #[expect(clippy::cast_precision_loss, reason = "widths are far below 2^24")]
         let gamma = 2.0 * n_terms as f32 * UNIT_ROUNDOFF;
         let scale = (0..sae.dims().n_latents).map(|i| gamma * norm(sae.encoder_row(i))).collect();
-        let offset = sae.b_enc().iter().map(|b| gamma * b.abs() + f32::MIN_POSITIVE).collect();
+        // Devices may flush every product that underflows to zero.
+        #[expect(clippy::cast_precision_loss, reason = "widths are far below 2^24")]
+        let underflow = n_terms as f32 * f32::MIN_POSITIVE;
+        let offset = sae.b_enc().iter().map(|b| gamma * b.abs() + underflow).collect();
         Self { scale, offset }
     }
 
@@ -79,4 +85,218 @@ pub fn norm(v: &[f32]) -> f32 {
     #[expect(clippy::cast_possible_truncation, reason = "rounded up by the factor")]
     let norm = (reference::dot(v, v).sqrt() * (1.0 + 1e-6)) as f32;
     norm
+}
+
+/// Turns f32 estimates of a row into the reference's codes of that row, block of latents by block.
+///
+/// One screen serves one dictionary; all methods take the dictionary it was made from.
+#[derive(Debug, Clone)]
+pub struct Screen {
+    margins: Margins,
+    /// A pre-activation at most this, less the margin, is certainly silent: the threshold, 0 for top-k.
+    floor: Vec<f32>,
+    /// Above this input norm f32 sums could overflow, and estimates mean nothing.
+    largest_norm: f32,
+    k: Option<usize>,
+}
+
+/// Latents of one row that may be active, with bounds, on their way to being ranked. Only top-k needs it.
+#[derive(Debug, Clone, Default)]
+pub struct Candidates {
+    latents: Vec<u32>,
+    upper: Vec<f32>,
+    lower: Vec<f32>,
+}
+
+impl Screen {
+    /// Precomputes margins and floors.
+    #[must_use]
+    pub fn new(sae: &Sae) -> Self {
+        let n = sae.dims().n_latents;
+        let largest = (0..n).map(|i| norm(sae.encoder_row(i))).fold(f32::MIN_POSITIVE, f32::max);
+        let k = match sae.activation() {
+            Activation::TopK { k } => Some(*k),
+            Activation::JumpRelu { .. } | Activation::Relu => None,
+        };
+        Self {
+            margins: Margins::new(sae),
+            floor: (0..n).map(|i| sae.activation().threshold(i).unwrap_or(0.0)).collect(),
+            largest_norm: 1e30 / largest.max(1.0),
+            k,
+        }
+    }
+
+    /// Whether f32 estimates of inputs of this norm can be trusted; if not, the row belongs to [`Screen::row_in_f64`].
+    #[must_use]
+    pub fn trusts(&self, x_norm: f32) -> bool {
+        x_norm < self.largest_norm
+    }
+
+    /// How many latents top-k keeps; `None` when latents are decided one by one.
+    #[must_use]
+    pub fn k(&self) -> Option<usize> {
+        self.k
+    }
+
+    /// Decides latents `first..first + products.len()` of one row, given `products[i] ≈ w_{first+i} · x` without the
+    /// bias. Calls `active` with latents ascending. For dictionaries with thresholds.
+    pub fn decide(
+        &self,
+        sae: &Sae,
+        x: &[f32],
+        x_norm: f32,
+        first: usize,
+        products: &[f32],
+        mut active: impl FnMut(u32, f32),
+    ) {
+        self.survivors(sae, x_norm, first, products, |latent, _, _| {
+            let z = exact(sae, x, latent);
+            if z > f64::from(self.floor[latent]) {
+                #[expect(
+                    clippy::cast_possible_truncation,
+                    reason = "checked at construction; values are f32"
+                )]
+                active(latent as u32, z as f32);
+            }
+        });
+    }
+
+    /// Collects the latents of one row that may be among the `k` largest; otherwise as [`Screen::decide`].
+    pub fn collect(
+        &self,
+        sae: &Sae,
+        x_norm: f32,
+        first: usize,
+        products: &[f32],
+        candidates: &mut Candidates,
+    ) {
+        self.survivors(sae, x_norm, first, products, |latent, z, margin| {
+            #[expect(clippy::cast_possible_truncation, reason = "checked at construction")]
+            candidates.latents.push(latent as u32);
+            candidates.upper.push(z + margin);
+            candidates.lower.push(z - margin);
+        });
+        if let Some(k) = self.k
+            && candidates.latents.len() > 4 * k + 64
+        {
+            candidates.prune(k);
+        }
+    }
+
+    /// Ranks the candidates of one row in f64; calls `active` in no particular order.
+    pub fn rank(&self, sae: &Sae, x: &[f32], mut candidates: Candidates, mut active: impl FnMut(u32, f32)) {
+        let Some(k) = self.k else { return };
+        candidates.prune(k);
+        let mut ranked: Vec<(f64, u32)> =
+            candidates.latents.iter().map(|&latent| (exact(sae, x, latent as usize), latent)).collect();
+        ranked.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        for (z, latent) in ranked.into_iter().take(k).filter(|&(z, _)| z > 0.0) {
+            #[expect(clippy::cast_possible_truncation, reason = "latents are stored as f32")]
+            active(latent, z as f32);
+        }
+    }
+
+    /// One whole row by the reference, for inputs no f32 sum can be trusted with.
+    pub fn row_in_f64(&self, sae: &Sae, x: &[f32], mut active: impl FnMut(u32, f32)) {
+        let z: Vec<f64> = (0..self.floor.len()).map(|i| reference::pre_activation(sae, x, i)).collect();
+        for latent in reference::active_latents(sae.activation(), &z) {
+            #[expect(clippy::cast_possible_truncation, reason = "latents are stored as f32")]
+            active(latent, z[latent as usize] as f32);
+        }
+    }
+
+    /// Calls `keep(latent, estimate, margin)` for latents that are not certainly silent.
+    fn survivors(
+        &self,
+        sae: &Sae,
+        x_norm: f32,
+        first: usize,
+        products: &[f32],
+        mut keep: impl FnMut(usize, f32, f32),
+    ) {
+        // Eight at a time: the test of a whole group vectorises, and most groups hold nothing.
+        const GROUP: usize = 8;
+        let last = first + products.len();
+        let (bias, floor) = (&sae.b_enc()[first..last], &self.floor[first..last]);
+        let (scale, offset) = (&self.margins.scale[first..last], &self.margins.offset[first..last]);
+        let mut test = |i: usize| {
+            let (z, margin) = (products[i] + bias[i], scale[i] * x_norm + offset[i]);
+            if !(z <= floor[i] - margin) {
+                keep(first + i, z, margin);
+            }
+        };
+        let whole = products.len() / GROUP * GROUP;
+        for start in (0..whole).step_by(GROUP) {
+            let group = |values: &[f32]| -> [f32; GROUP] { std::array::from_fn(|i| values[start + i]) };
+            let (p, b, f, s, o) = (group(products), group(bias), group(floor), group(scale), group(offset));
+            let mut any = false;
+            for i in 0..GROUP {
+                // Written so that a NaN survives and is decided in f64.
+                any |= !(p[i] + b[i] <= f[i] - (s[i] * x_norm + o[i]));
+            }
+            if any {
+                (start..start + GROUP).for_each(&mut test);
+            }
+        }
+        (whole..products.len()).for_each(test);
+    }
+}
+
+impl Candidates {
+    /// Forgets latents that cannot be among the `k` largest: those below the `k`-th largest lower bound.
+    fn prune(&mut self, k: usize) {
+        if k == 0 || self.latents.len() <= k {
+            return;
+        }
+        let mut lower = self.lower.clone();
+        let (_, &mut bar, _) = lower.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a));
+        let mut kept = 0;
+        for i in 0..self.latents.len() {
+            if !(self.upper[i] < bar) {
+                self.latents[kept] = self.latents[i];
+                self.upper[kept] = self.upper[i];
+                self.lower[kept] = self.lower[i];
+                kept += 1;
+            }
+        }
+        self.latents.truncate(kept);
+        self.upper.truncate(kept);
+        self.lower.truncate(kept);
+    }
+
+    /// Adds the candidates of other latents of the same row.
+    pub fn append(&mut self, mut other: Self) {
+        self.latents.append(&mut other.latents);
+        self.upper.append(&mut other.upper);
+        self.lower.append(&mut other.lower);
+    }
+}
+
+/// [`reference::pre_activation`] in an order that vectorises; where that order could matter to a decision at
+/// zero or at the threshold, the reference itself.
+fn exact(sae: &Sae, x: &[f32], latent: usize) -> f64 {
+    const LANES: usize = 8;
+    let row = sae.encoder_row(latent);
+    let (mut sums, mut sizes) = ([0.0f64; LANES], [0.0f64; LANES]);
+    let (rows, row_rest) = row.as_chunks::<LANES>();
+    let (xs, x_rest) = x.as_chunks::<LANES>();
+    for (w, x) in rows.iter().zip(xs) {
+        for i in 0..LANES {
+            let product = f64::from(w[i]) * f64::from(x[i]);
+            sums[i] += product;
+            sizes[i] += product.abs();
+        }
+    }
+    let bias = f64::from(sae.b_enc()[latent]);
+    let z = sums.iter().sum::<f64>() + reference::dot(row_rest, x_rest) + bias;
+    let size = sizes.iter().sum::<f64>() + reference::dot(row_rest, x_rest).abs() + bias.abs();
+    let threshold = f64::from(sae.activation().threshold(latent).unwrap_or(0.0));
+    // Far more than d_in · 2⁻⁵³ of the sum of magnitudes; ranking ties need the same value for the same row, so
+    // top-k always takes the reference.
+    let ranked = matches!(sae.activation(), Activation::TopK { .. });
+    if ranked || !((z - threshold).abs() > 1e-10 * size) {
+        reference::pre_activation(sae, x, latent)
+    } else {
+        z
+    }
 }
