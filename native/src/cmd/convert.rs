@@ -1,11 +1,35 @@
 //! `stratascope convert`.
 
-use anyhow::{Result, bail};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+
+use crate::sae_files::{self, SaeFormat};
 
 /// Arguments of `convert`.
 #[derive(Debug, clap::Args)]
-pub(crate) struct Args {}
+#[command(after_help = "\
+Pre-encoder biases, gates and decoder-norm scaling are folded into the weights on reading, so what is written \
+reads raw activations. Gemma Scope files have no place for metadata.
 
-pub(crate) fn run(_args: &Args) -> Result<()> {
-    bail!("not built yet")
+Example:
+  stratascope convert layer_20/width_16k/average_l0_71/params.npz --to saelens out/layer_20")]
+pub(crate) struct Args {
+    /// The autoencoder: a SAELens folder, a Gemma Scope folder, an .npz or a .safetensors file.
+    #[arg(value_name = "SRC")]
+    source: PathBuf,
+    /// The format to write.
+    #[arg(long, value_name = "FORMAT")]
+    to: SaeFormat,
+    /// The folder to write (for gemma-scope also a path ending in .npz).
+    #[arg(value_name = "DST")]
+    target: PathBuf,
+}
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let file = sae_files::read(&args.source)?;
+    sae_files::write(&args.target, args.to, &file)
+        .with_context(|| format!("cannot write {}", args.target.display()))?;
+    tracing::info!("wrote {}", args.target.display());
+    Ok(())
 }

@@ -6,7 +6,9 @@
 
 mod error;
 mod fold;
+pub mod gemma_scope;
 mod metadata;
+mod npy;
 pub mod saelens;
 mod saelens_config;
 pub mod tensors;

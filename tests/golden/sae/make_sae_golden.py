@@ -2,7 +2,7 @@
 
     python make_sae_golden.py
 
-writes jumprelu, relu, topk and transcoder `.safetensors` beside itself. Written with numpy 2.4.6 and safetensors 0.8.0.
+writes jumprelu, relu, topk and transcoder `.safetensors` and four `.npz` archives beside itself. Written with numpy 2.4.6 and safetensors 0.8.0.
 Weights are latent-major (`w_enc [n, d_in]`, `w_dec [n, d_out]`). In every file one row sits exactly on a decision: on a
 threshold (jumprelu, transcoder), on zero (relu), or on a tie for the k-th place (topk), with values that are multiples of
 1/8 small enough for f32 to be exact in any order. Every other decision is at least 1e-3 away from its boundary.
@@ -11,7 +11,7 @@ threshold (jumprelu, transcoder), on zero (relu), or on a tie for the k-th place
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 HERE = Path(__file__).parent
 CLEAR = 1e-3
@@ -100,8 +100,25 @@ def top_k(name, seed, d, n, n_rows, k, tie_row, tie):
     raise SystemExit(f"{name}: no seed keeps its distance")
 
 
+def archives(name):
+    """The transcoder's weights as `params.npz` in the ways NumPy can write them, `[d_in, n]` as Gemma Scope stores them."""
+    g = load_file(HERE / f"{name}.safetensors")
+    arrays = {
+        "W_enc": np.ascontiguousarray(g["w_enc"].T),
+        "W_dec": g["w_dec"],
+        "b_enc": g["b_enc"],
+        "b_dec": g["b_dec"],
+        "threshold": g["threshold"],
+    }
+    np.savez(HERE / "stored.npz", **arrays)
+    np.savez_compressed(HERE / "deflated.npz", **arrays, notes=np.array(["ignored"]))
+    np.savez(HERE / "fortran_f8.npz", **{k: np.asfortranarray(v.astype(np.float64)) for k, v in arrays.items()})
+    np.savez(HERE / "lower_case.npz", **{k.lower(): v for k, v in arrays.items()})
+
+
 if __name__ == "__main__":
     thresholded("jumprelu", 1, d_in=24, n=40, d_out=24, n_rows=9, on_row=3, on_latent=7)
     thresholded("relu", 2, d_in=10, n=33, d_out=10, n_rows=5, on_row=4, on_latent=32, relu=True)
     thresholded("transcoder", 3, d_in=13, n=37, d_out=18, n_rows=6, on_row=0, on_latent=0)
     top_k("topk", 4, d=12, n=29, n_rows=7, k=5, tie_row=2, tie=(11, 20))
+    archives("transcoder")
