@@ -93,7 +93,7 @@ mod tests {
         let mut p = parts();
         gate(&mut p, &b_gate, &r_mag);
         let folded = Sae::new(p).unwrap();
-        for (x0, x1) in [(0.3f32, 0.1f32), (1.0, -1.0), (-0.4, 0.9), (0.0, 0.0), (-2.0, 0.5)] {
+        for (x0, x1) in [(0.3f32, 0.1f32), (1.0, -0.9), (-0.4, 0.9), (0.0, 0.0), (-2.0, 0.5)] {
             let codes = reference::encode(&folded, Rows::new(&[x0, x1], 2).unwrap()).unwrap().to_dense();
             for (i, &found) in codes.iter().enumerate() {
                 let (w, b_mag) = (&parts().w_enc[2 * i..2 * i + 2], parts().b_enc[i]);

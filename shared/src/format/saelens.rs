@@ -74,22 +74,12 @@ fn dense_parts(file: &TensorFile<'_>, config: &Config) -> Result<SaeParts, Forma
     if rows != n {
         return Err(FormatError::field(WEIGHTS, "W_dec", format!("{n} rows, as W_enc has columns"), rows));
     }
-    let d_out_config = if config.transcoder { config.d_out } else { config.d_in };
     for (field, said, found) in
-        [("d_in", config.d_in, d_in), ("d_sae", config.n_latents, n), ("d_out", d_out_config, d_out)]
+        [("d_in", config.d_in, d_in), ("d_sae", config.n_latents, n), ("d_out", config.d_out, d_out)]
     {
-        if said.is_some_and(|said| said != found) {
-            let said = said.unwrap_or_default();
+        if said != found {
             return Err(FormatError::field(CONFIG, field, format!("{found}, the size of the weights"), said));
         }
-    }
-    if !config.transcoder && d_in != d_out {
-        return Err(FormatError::field(
-            WEIGHTS,
-            "W_dec",
-            format!("{d_in} columns, as many as inputs"),
-            d_out,
-        ));
     }
     Ok(SaeParts {
         d_in,

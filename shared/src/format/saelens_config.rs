@@ -60,9 +60,9 @@ pub(super) struct Config {
     pub(super) architecture: Architecture,
     /// Input and output are different places, perhaps of different width.
     pub(super) transcoder: bool,
-    pub(super) d_in: Option<usize>,
-    pub(super) d_out: Option<usize>,
-    pub(super) n_latents: Option<usize>,
+    pub(super) d_in: usize,
+    pub(super) d_out: usize,
+    pub(super) n_latents: usize,
     pub(super) subtract_b_dec: bool,
     pub(super) metadata: SaeMetadata,
 }
@@ -91,9 +91,9 @@ pub(super) fn read(bytes: &[u8]) -> Result<Config, FormatError> {
     Ok(Config {
         architecture,
         transcoder,
-        d_in: size(&cfg, "d_in")?,
-        d_out: size(&cfg, "d_out")?,
-        n_latents: size(&cfg, "d_sae")?,
+        d_in: required(&cfg, "d_in")?,
+        d_out: required(&cfg, if transcoder { "d_out" } else { "d_in" })?,
+        n_latents: required(&cfg, "d_sae")?,
         subtract_b_dec,
         metadata: metadata(cfg)?,
     })
@@ -160,7 +160,7 @@ fn architecture(cfg: &Map<String, Value>) -> Result<(Architecture, bool), Format
         Some("transcoder") => (Architecture::Standard, true),
         Some("jumprelu_transcoder") => (Architecture::JumpRelu, true),
         Some("topk") => {
-            let k = size(cfg, "k")?.ok_or_else(|| FormatError::field(CONFIG, "k", "a number", "nothing"))?;
+            let k = required(cfg, "k")?;
             let by_decoder_norm = match cfg.get("rescale_acts_by_decoder_norm") {
                 None | Some(Value::Null) => false,
                 Some(Value::Bool(rescale)) => *rescale,
@@ -192,14 +192,10 @@ fn refuse_input_normalisation(cfg: &Map<String, Value>) -> Result<(), FormatErro
     }
 }
 
-fn size(cfg: &Map<String, Value>, key: &str) -> Result<Option<usize>, FormatError> {
-    match cfg.get(key) {
-        None | Some(Value::Null) => Ok(None),
-        Some(value) => {
-            let size = value.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|&n| n > 0);
-            size.map(Some).ok_or_else(|| FormatError::field(CONFIG, key, "a positive whole number", value))
-        }
-    }
+fn required(cfg: &Map<String, Value>, key: &str) -> Result<usize, FormatError> {
+    let value = cfg.get(key).unwrap_or(&Value::Null);
+    let size = value.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|&n| n > 0);
+    size.ok_or_else(|| FormatError::field(CONFIG, key, "a positive whole number", value))
 }
 
 fn metadata(mut cfg: Map<String, Value>) -> Result<SaeMetadata, FormatError> {
