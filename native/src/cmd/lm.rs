@@ -200,3 +200,72 @@ fn score(args: &ScoreArgs) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn golden(case: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/lm").join(case)
+    }
+
+    fn run_taps(tokens: PathBuf, out: &Path) -> Result<()> {
+        taps(&TapsArgs { model: golden("llama"), tokens, out: out.to_owned() })
+    }
+
+    fn write_ids(path: &Path, name: &str, dtype: Dtype, shape: &[usize], bytes: &[u8]) {
+        let view = TensorView::new(dtype, shape.to_vec(), bytes).unwrap();
+        fs::write(path, safetensors::serialize([(name, view)], None).unwrap()).unwrap();
+    }
+
+    #[test]
+    fn taps_writes_every_tensor_of_the_golden_with_its_shape() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("out.safetensors");
+        run_taps(golden("llama").join("expected.safetensors"), &out).unwrap();
+        let (found, wanted) =
+            (fs::read(&out).unwrap(), fs::read(golden("llama").join("expected.safetensors")).unwrap());
+        let (found, wanted) =
+            (SafeTensors::deserialize(&found).unwrap(), SafeTensors::deserialize(&wanted).unwrap());
+        assert_eq!(found.len() + 1, wanted.len());
+        for (name, tensor) in found.iter() {
+            let expected = wanted.tensor(name).unwrap();
+            assert_eq!((tensor.shape(), tensor.dtype()), (expected.shape(), Dtype::F32), "{name}");
+            let floats = |bytes: &[u8]| -> Vec<f32> {
+                bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
+            };
+            for (a, b) in floats(tensor.data()).iter().zip(floats(expected.data())) {
+                assert!((a - b).abs() <= 1e-4 * b.abs().max(1.0), "{name}: {a} for {b}");
+            }
+        }
+    }
+
+    #[test]
+    fn ids_may_be_narrow_and_must_be_tokens() {
+        let folder = tempfile::tempdir().unwrap();
+        let (ids, out) = (folder.path().join("ids.safetensors"), folder.path().join("out.safetensors"));
+        let bytes = |ids: &[i32]| ids.iter().flat_map(|id| id.to_le_bytes()).collect::<Vec<u8>>();
+        for dtype in [Dtype::I32, Dtype::U32] {
+            write_ids(&ids, "input_ids", dtype, &[2, 2], &bytes(&[1, 2, 3, 100]));
+            run_taps(ids.clone(), &out).unwrap();
+        }
+        let refused = |what: &str| {
+            let error = format!("{:#}", run_taps(ids.clone(), &out).unwrap_err());
+            assert!(error.contains(what), "{error}");
+        };
+        write_ids(&ids, "input_ids", Dtype::I32, &[2, 2], &bytes(&[1, 2, 3, 101]));
+        refused("token id 101 at position 3 is outside the vocabulary of 101");
+        write_ids(&ids, "input_ids", Dtype::I32, &[2, 2], &bytes(&[1, -2, 3, 4]));
+        refused("input_ids[0, 1] is -2");
+        write_ids(&ids, "input_ids", Dtype::I32, &[4], &bytes(&[1, 2, 3, 4]));
+        refused("expected [batch, seq]");
+        write_ids(&ids, "input_ids", Dtype::F32, &[2, 2], &bytes(&[1, 2, 3, 4]));
+        refused("expected I64, I32 or U32");
+        write_ids(&ids, "input_ids", Dtype::I32, &[0, 2], &[]);
+        refused("empty");
+        write_ids(&ids, "ids", Dtype::I32, &[2, 2], &bytes(&[1, 2, 3, 4]));
+        refused("expected a tensor input_ids, found: ids");
+        fs::write(&ids, b"nonsense").unwrap();
+        refused("not a usable safetensors file");
+    }
+}
