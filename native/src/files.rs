@@ -7,6 +7,9 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use sha2::{Digest, Sha256};
 
+/// How the names of temporary files of [`write_atomic`] begin; one that is still there was left by a killed process.
+pub const TEMPORARY: &str = ".partial-";
+
 /// Writes through a temporary sibling that is synced and renamed, so `path` holds the old bytes or all the new ones.
 ///
 /// # Errors
@@ -15,7 +18,7 @@ pub fn write_atomic(path: &Path, write: impl FnOnce(&mut dyn Write) -> io::Resul
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     fs::create_dir_all(folder).with_context(|| format!("cannot create folder {}", folder.display()))?;
     let mut temporary = tempfile::Builder::new()
-        .prefix(".partial-")
+        .prefix(TEMPORARY)
         .tempfile_in(folder)
         .with_context(|| format!("cannot write into {}", folder.display()))?;
     let written = (|| {

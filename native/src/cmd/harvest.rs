@@ -125,3 +125,54 @@ fn show(args: &Args, store: &Store) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use shared::config::{Count, Portion};
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn resolve(flags: &[&str]) -> Result<HarvestConfig> {
+        Command::parse_from(["x", "--out", "o"].iter().chain(flags)).args.resolve()
+    }
+
+    #[test]
+    fn set_wins_over_flags_and_flags_win_over_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("a.toml");
+        fs::write(&file, "model = \"m\"\ntext = [\"t\"]\nseed = 1\nbatch = 2\ntokens = \"7k\"\n").unwrap();
+        let file = file.to_str().unwrap();
+        let flags =
+            ["--config", file, "--tap", "resid.1,mlp.2", "--tap", "attn", "--seed", "5", "--batch", "6"];
+        let config = resolve(&[&flags[..], &["--held-out", "15%", "--set", "batch=9"]].concat()).unwrap();
+        assert_eq!((config.seed, config.batch, config.tokens), (5, 9, Count(7000)));
+        assert_eq!(
+            (config.held_out, config.taps.join(" ")),
+            (Portion::Share(0.15), "resid.1 mlp.2 attn".to_owned())
+        );
+        assert_eq!(config.text, ["t"]);
+    }
+
+    #[test]
+    fn faults_name_the_key() {
+        let given = ["--model", "m", "--text", "t", "--tap", "resid.1"];
+        resolve(&given).unwrap();
+        for (flags, word) in [
+            (["--tokens", "many"], "tokens"),
+            (["--set", "batch=0"], "`batch`"),
+            (["--set", "btach=3"], "btach"),
+            (["--dtype", "f8"], "dtype"),
+        ] {
+            let error = format!("{:#}", resolve(&[&given[..], &flags[..]].concat()).unwrap_err());
+            assert!(error.contains(word), "{error}");
+        }
+        assert!(resolve(&given[2..]).unwrap_err().to_string().contains("`model`"));
+    }
+}

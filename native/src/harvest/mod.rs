@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use indicatif::ProgressBar;
+use shared::config::ConfigError;
 use shared::config::harvest::HarvestConfig;
 use shared::tap::TapPoint;
 
@@ -124,6 +125,11 @@ fn refuse_other(config: &HarvestConfig, made: &HarvestConfig, out: &Path) -> Res
 pub fn run(config: &HarvestConfig, out: &Path, inputs: &Inputs<'_>, stop: &StopFlag) -> Result<Summary> {
     config.validate()?;
     let started = Instant::now();
+    let longest = inputs.model.context_length();
+    if config.sequence_length > longest {
+        let expected = format!("at most {longest}, the model's context");
+        return Err(ConfigError::value("sequence_length", config.sequence_length, expected).into());
+    }
     let taps: Vec<_> = config.tap_points(inputs.model.n_layers())?;
     let taps: Vec<_> = taps.into_iter().map(|point| (point, inputs.model.width(point.site))).collect();
     let folders = Folders { store: out.to_owned(), partial: out.join(PARTIAL) };
@@ -162,12 +168,28 @@ fn claim(folders: &Folders) -> Result<File> {
     let path = folders.partial.join("lock");
     let lock = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
     match lock.try_lock() {
-        Ok(()) => Ok(lock),
+        Ok(()) => sweep(out, 3).map(|()| lock),
         Err(TryLockError::WouldBlock) => bail!("another process is harvesting into {}", out.display()),
         Err(TryLockError::Error(error)) => {
             Err(error).with_context(|| format!("cannot lock {}", path.display()))
         }
     }
+}
+
+/// Removes the temporary files that a killed harvest left in the middle of writing.
+fn sweep(folder: &Path, depth: usize) -> Result<()> {
+    let context = || format!("cannot clean up {}", folder.display());
+    for entry in fs::read_dir(folder).with_context(context)? {
+        let entry = entry.with_context(context)?;
+        if entry.file_type().with_context(context)?.is_dir() {
+            if depth > 1 {
+                sweep(&entry.path(), depth - 1)?;
+            }
+        } else if entry.file_name().to_string_lossy().starts_with(files::TEMPORARY) {
+            fs::remove_file(entry.path()).with_context(context)?;
+        }
+    }
+    Ok(())
 }
 
 fn remove_partial(out: &Path) -> Result<()> {

@@ -185,13 +185,19 @@ impl<'a> Reading<'a> {
 
     fn next_part(&mut self) -> Result<Option<Part>> {
         loop {
-            while self.active.len() < self.config.interleave_files
-                && let Some(next) = self.waiting.pop_front()
-            {
-                let file = self.open(next as usize)?;
-                self.active.push_back(file);
-            }
-            let Some(mut file) = self.active.pop_front() else { return Ok(None) };
+            // A file is opened only when its turn comes, so that those recorded are those read.
+            let next = if self.active.len() < self.config.interleave_files {
+                self.waiting.pop_front()
+            } else {
+                None
+            };
+            let mut file = match next {
+                Some(index) => self.open(index as usize)?,
+                None => match self.active.pop_front() {
+                    Some(file) => file,
+                    None => return Ok(None),
+                },
+            };
             if file.ids.is_empty() && !self.next_document(&mut file)? {
                 self.close(&file);
                 continue;
@@ -302,6 +308,9 @@ mod tests {
         assert_eq!(unique.len(), train.len() + held_out.len(), "a word appears twice");
         assert!(all.halves.iter().all(|t| (0..t.n_sequences()).all(|i| t.sequence(i)[0] == 1)));
         assert_eq!((all.text.len(), all.counts.documents), (10, 10));
+        let little =
+            gather(&HarvestConfig { tokens: Count(100), held_out_part: 500, ..config() }, &INFO, &sources);
+        assert!(little.text.len() == 1 && little.text[0].documents == 1, "{:?}", little.text);
     }
 
     #[test]

@@ -21,6 +21,9 @@ pub trait ActivationModel {
     /// The number of blocks.
     fn n_layers(&self) -> usize;
 
+    /// The longest sequence it was made for.
+    fn context_length(&self) -> usize;
+
     /// Values of an activation vector at `site`.
     fn width(&self, site: Site) -> usize;
 
@@ -47,6 +50,10 @@ impl Encode for Tokenizer {
 impl ActivationModel for LanguageModel {
     fn n_layers(&self) -> usize {
         self.spec().n_layers
+    }
+
+    fn context_length(&self) -> usize {
+        self.spec().context_length
     }
 
     fn width(&self, site: Site) -> usize {

@@ -39,6 +39,10 @@ impl ActivationModel for Formula<'_> {
         3
     }
 
+    fn context_length(&self) -> usize {
+        64
+    }
+
     fn width(&self, site: Site) -> usize {
         if site == Site::Attn { 6 } else { 4 }
     }
@@ -244,6 +248,7 @@ fn work_lost_between_any_two_writes_is_done_again() {
     let stale = store::shard_path(&out, "mlp.2".parse().unwrap(), Split::Train, 3);
     fs::create_dir_all(stale.parent().unwrap()).unwrap();
     fs::write(&stale, "half a shard").unwrap();
+    fs::write(stale.with_file_name(".partial-Ab12"), "half a shard").unwrap();
     // The spool and its record are gone, as after a crash that lost them.
     fs::remove_file(out.join(PARTIAL).join("record.json")).unwrap();
     fs::remove_file(out.join(PARTIAL).join("attn.0.spool")).unwrap();
@@ -275,7 +280,7 @@ fn folders_that_are_not_ours_are_refused() {
 }
 
 #[test]
-fn nothing_held_out_is_allowed_and_nothing_left_to_train_on_is_not() {
+fn nothing_held_out_is_allowed_but_nothing_to_train_on_and_too_long_sequences_are_not() {
     let mut place = Place::new();
     place.config.held_out = Portion::Share(0.0);
     place.run("none", None).unwrap();
@@ -284,6 +289,9 @@ fn nothing_held_out_is_allowed_and_nothing_left_to_train_on_is_not() {
         (store.n_vectors(Split::HeldOut), store.tokens(Split::HeldOut).unwrap().n_sequences()),
         (0, 0)
     );
+    place.config.sequence_length = 65;
+    assert!(place.run("long", None).unwrap_err().to_string().contains("at most 64"));
+    place.config.sequence_length = 16;
     place.config.drop_positions = (0..16).collect();
     assert!(place.run("empty", None).unwrap_err().to_string().contains("no training vector"));
 }

@@ -1,10 +1,12 @@
 //! Safetensors files written and read as streams, hashed on the way, so that no file is ever in memory twice.
 
 use std::fs::File;
-use std::io::{self, BufReader, Read, Write};
+use std::io::{self, Read, Write};
 use std::path::Path;
+use std::sync::mpsc::{self, SyncSender};
+use std::thread::{self, JoinHandle};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use safetensors::tensor::{Dtype, Metadata};
 use sha2::{Digest, Sha256};
 
@@ -97,13 +99,38 @@ fn hex(hasher: Sha256) -> String {
     hasher.finalize().iter().map(|b| format!("{b:02x}")).collect()
 }
 
+/// Bytes read and hashed at a time.
+const PIECE: usize = 1 << 20;
+
+/// A hash taken on a thread of its own, so that reading and converting do not wait for it.
+struct Hashing {
+    pieces: SyncSender<Vec<u8>>,
+    thread: JoinHandle<Sha256>,
+}
+
+impl Hashing {
+    fn start() -> Self {
+        let (pieces, received) = mpsc::sync_channel::<Vec<u8>>(4);
+        let thread = thread::spawn(move || {
+            received.into_iter().fold(Sha256::new(), |hasher, piece| hasher.chain_update(piece))
+        });
+        Self { pieces, thread }
+    }
+
+    fn finish(self) -> Result<String> {
+        drop(self.pieces);
+        self.thread.join().map(hex).map_err(|_| anyhow!("the thread that checks a file's hash failed"))
+    }
+}
+
 /// A safetensors file whose length was compared with `info`, read front to back.
 pub(crate) struct Reader<'a> {
     path: &'a Path,
     metadata: Metadata,
-    file: BufReader<File>,
-    hasher: Option<Sha256>,
-    at: u64,
+    file: File,
+    hashing: Option<Hashing>,
+    /// Bytes of the data read so far.
+    at: usize,
 }
 
 impl<'a> Reader<'a> {
@@ -121,43 +148,40 @@ impl<'a> Reader<'a> {
             path.display(),
             info.bytes
         );
-        let mut reader = Self {
-            path,
-            metadata: Metadata::new(None, Vec::new())?,
-            file: BufReader::with_capacity(1 << 20, file),
-            hasher: verify.then(Sha256::new),
-            at: 0,
-        };
-        let mut length = [0u8; 8];
-        reader.read(&mut length)?;
-        let length = u64::from_le_bytes(length);
+        let metadata = Metadata::new(None, Vec::new())?;
+        let mut reader = Self { path, metadata, file, hashing: verify.then(Hashing::start), at: 0 };
+        let mut length = 0;
+        reader.read(8, |bytes| length = bytes.iter().rev().fold(0u64, |n, b| n << 8 | u64::from(*b)))?;
+        let longest = LONGEST_HEADER.min(found - 8);
         ensure!(
-            length <= LONGEST_HEADER.min(found - 8),
-            "{}: header length is {length}, expected at most {} in a file of {found} bytes",
-            path.display(),
-            LONGEST_HEADER.min(found - 8)
+            length <= longest,
+            "{}: header length is {length}, expected at most {longest} in a file of {found} bytes",
+            path.display()
         );
-        let mut header = vec![0u8; usize::try_from(length)?];
-        reader.read(&mut header)?;
+        let mut header = Vec::new();
+        reader.read(usize::try_from(length)?, |bytes| header.extend_from_slice(bytes))?;
         reader.metadata =
             serde_json::from_slice(&header).with_context(|| format!("{}: broken header", path.display()))?;
-        let body = reader.metadata.data_len() as u64;
-        ensure!(
-            8 + length + body == found,
-            "{}: its tensors need {} bytes, the file has {found}",
-            path.display(),
-            8 + length + body
-        );
-        reader.at = 0;
+        let wanted = (8 + length).saturating_add(reader.metadata.data_len() as u64);
+        ensure!(wanted == found, "{}: its tensors need {wanted} bytes, the file has {found}", path.display());
         Ok(reader)
     }
 
-    fn read(&mut self, buffer: &mut [u8]) -> Result<()> {
-        self.file.read_exact(buffer).with_context(|| format!("cannot read {}", self.path.display()))?;
-        if let Some(hasher) = &mut self.hasher {
-            hasher.update(&*buffer);
+    /// Reads `n` bytes in pieces; all but the last are [`PIECE`] long.
+    fn read(&mut self, n: usize, mut piece: impl FnMut(&[u8])) -> Result<()> {
+        let (mut left, mut buffer) = (n, Vec::new());
+        while left > 0 {
+            buffer.resize(PIECE.min(left), 0);
+            self.file
+                .read_exact(&mut buffer)
+                .with_context(|| format!("cannot read {}", self.path.display()))?;
+            piece(&buffer);
+            left -= buffer.len();
+            if let Some(hashing) = &self.hashing {
+                // A hashing thread that is gone is reported when it is joined.
+                let _ = hashing.pieces.send(std::mem::take(&mut buffer));
+            }
         }
-        self.at += buffer.len() as u64;
         Ok(())
     }
 
@@ -170,7 +194,7 @@ impl<'a> Reader<'a> {
         name: &str,
         dtype: Dtype,
         shape: &[usize],
-        mut piece: impl FnMut(&[u8]),
+        piece: impl FnMut(&[u8]),
     ) -> Result<()> {
         let path = self.path.display();
         let Some(info) = self.metadata.info(name).cloned() else {
@@ -188,17 +212,12 @@ impl<'a> Reader<'a> {
         );
         let (start, end) = info.data_offsets;
         ensure!(
-            start as u64 == self.at,
+            start == self.at,
             "{path}: tensor `{name}` begins at byte {start} of the data, expected {}",
             self.at
         );
-        let (mut left, mut buffer) = (end - start, vec![0u8; (1 << 18).min(end - start)]);
-        while left > 0 {
-            let n = buffer.len().min(left);
-            self.read(&mut buffer[..n])?;
-            piece(&buffer[..n]);
-            left -= n;
-        }
+        self.read(end - start, piece)?;
+        self.at = end;
         Ok(())
     }
 
@@ -206,12 +225,11 @@ impl<'a> Reader<'a> {
     ///
     /// # Errors
     /// If something is left to read, or the hash differs.
-    pub(crate) fn finish(mut self, info: &FileInfo) -> Result<()> {
-        let mut rest = [0u8; 1];
+    pub(crate) fn finish(self, info: &FileInfo) -> Result<()> {
         let path = self.path.display();
-        ensure!(self.file.read(&mut rest)? == 0, "{path}: holds more tensors than expected");
-        if let Some(hasher) = self.hasher.take() {
-            let found = hex(hasher);
+        ensure!(self.at == self.metadata.data_len(), "{path}: holds more tensors than expected");
+        if let Some(hashing) = self.hashing {
+            let found = hashing.finish()?;
             ensure!(
                 found == info.sha256,
                 "{path}: its SHA-256 is {found}, but the manifest says {}: the file is damaged or was changed",

@@ -1,0 +1,189 @@
+//! A harvest with a real (tiny) transformer, in a process of its own that is killed at many moments: what is finished
+//! afterwards is, byte for byte, what an undisturbed harvest writes.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Instant;
+
+use native::harvest::{self, Inputs};
+use native::model;
+use native::stop::StopFlag;
+use native::store::{MANIFEST, Split, Store};
+use shared::config::harvest::HarvestConfig;
+use shared::config::resolve;
+use shared::lm::{LmError, Tap, TapAction, TapPoint, TokenBatch, Until};
+use shared::{Rows, config};
+
+const CONFIG: &str = "STRATASCOPE_TEST_HARVEST_CONFIG";
+const OUT: &str = "STRATASCOPE_TEST_HARVEST_OUT";
+
+/// The killed process: one harvest, as the command does it. Does nothing when run among the other tests.
+#[test]
+fn harvest_in_this_process() {
+    let (Ok(text), Ok(out)) = (std::env::var(CONFIG), std::env::var(OUT)) else { return };
+    let settings: HarvestConfig = resolve(&text, &[]).unwrap();
+    if harvest::finished(&settings, out.as_ref()).unwrap().is_none() {
+        let loaded = model::load(settings.model.as_ref()).unwrap();
+        let inputs = Inputs::of(&loaded, &settings).unwrap();
+        harvest::run(&settings, out.as_ref(), &inputs, &StopFlag::default()).unwrap();
+    }
+}
+
+fn start(settings: &HarvestConfig, out: &Path) -> Child {
+    Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "harvest_in_this_process"])
+        .env(CONFIG, config::to_toml(settings).unwrap())
+        .env(OUT, out)
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+/// The golden Llama checkpoint with a tokenizer of 101 numbered words, and text in those words.
+fn prepare(folder: &Path) -> HarvestConfig {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/lm/llama");
+    let (model, text) = (folder.join("model"), folder.join("text"));
+    fs::create_dir_all(&model).unwrap();
+    fs::create_dir_all(&text).unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        fs::copy(golden.join(name), model.join(name)).unwrap();
+    }
+    let vocabulary: BTreeMap<String, u32> = (0..101u32)
+        .map(|id| {
+            (["<unk>", "<s>", "</s>"].get(id as usize).map_or(format!("w{id}"), |s| (*s).to_owned()), id)
+        })
+        .collect();
+    let special = |id: u32, content: &str| {
+        serde_json::json!({
+            "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": true,
+        })
+    };
+    let tokenizer = serde_json::json!({
+        "version": "1.0", "truncation": null, "padding": null,
+        "added_tokens": [special(0, "<unk>"), special(1, "<s>"), special(2, "</s>")],
+        "normalizer": null, "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": null, "decoder": null,
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
+    });
+    fs::write(model.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let hints = r#"{"bos_token": "<s>", "add_bos_token": true}"#;
+    fs::write(model.join("tokenizer_config.json"), hints).unwrap();
+    let mut state = 1u64;
+    for file in 0..5 {
+        let mut words = String::new();
+        for _ in 0..3000 {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            words.push_str(&format!("w{} ", 3 + (state >> 33) % 98));
+        }
+        fs::write(text.join(format!("{file}.txt")), words).unwrap();
+    }
+    let path = |p: PathBuf| p.to_str().unwrap().to_owned();
+    let text = format!(
+        "model = {:?}\ntext = [{:?}]\ntaps = [\"resid.1\", \"attn.0\"]\ntokens = \"9k\"\nheld_out = \"10%\"\n\
+         held_out_part = 64\nsequence_length = 32\nbatch = 3\nbucket_vectors = 1500\nshard_vectors = 700\n",
+        path(model),
+        path(text)
+    );
+    resolve(&text, &[]).unwrap()
+}
+
+fn files_of(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let (mut all, mut folders) = (BTreeMap::new(), vec![folder.to_owned()]);
+    while let Some(next) = folders.pop() {
+        for entry in fs::read_dir(next).unwrap().map(|e| e.unwrap().path()) {
+            if entry.is_dir() {
+                folders.push(entry);
+            } else {
+                all.insert(entry.strip_prefix(folder).unwrap().to_owned(), fs::read(&entry).unwrap());
+            }
+        }
+    }
+    all
+}
+
+#[test]
+fn killed_at_any_moment_and_run_again_gives_the_same_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    let settings = prepare(folder.path());
+    let whole = folder.path().join("whole");
+    let started = Instant::now();
+    assert!(start(&settings, &whole).wait().unwrap().success());
+    let takes = started.elapsed();
+    let expected = files_of(&whole);
+    assert!(expected.contains_key(Path::new(MANIFEST)) && expected.len() > 20);
+
+    let mut killed_unfinished = 0;
+    for eighth in 1..8u32 {
+        let out = folder.path().join(format!("killed-{eighth}"));
+        // Killed again and again at the same age, it still gets on; after three kills it may end.
+        for _ in 0..3 {
+            let mut child = start(&settings, &out);
+            std::thread::sleep(takes * eighth / 8);
+            child.kill().unwrap();
+            child.wait().unwrap();
+            killed_unfinished += u32::from(!out.join(MANIFEST).exists());
+        }
+        assert!(start(&settings, &out).wait().unwrap().success());
+        let found = files_of(&out);
+        assert_eq!(found.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>(), "{eighth}/8");
+        assert!(found == expected, "killed after {eighth}/8 of {takes:?}");
+    }
+    assert!(killed_unfinished > 3, "no kill fell inside a harvest");
+}
+
+/// Keeps what it sees at one point.
+struct Keep(TapPoint, Vec<f32>);
+
+impl Tap for Keep {
+    fn wants(&self, point: TapPoint) -> bool {
+        point == self.0
+    }
+
+    fn visit(&mut self, _point: TapPoint, value: Rows<'_>) -> Result<TapAction, LmError> {
+        self.1 = value.data().to_vec();
+        Ok(TapAction::Keep)
+    }
+}
+
+#[test]
+fn stored_vectors_are_those_of_the_full_forward_pass() {
+    let folder = tempfile::tempdir().unwrap();
+    let settings = prepare(folder.path());
+    let out = folder.path().join("store");
+    let loaded = model::load(settings.model.as_ref()).unwrap();
+    harvest::run(&settings, &out, &Inputs::of(&loaded, &settings).unwrap(), &StopFlag::default()).unwrap();
+    let store = Store::open(&out).unwrap();
+    let manifest = store.manifest();
+    assert_eq!((manifest.tokenizer.bos, manifest.tokenizer.separator), (Some(1), Some(2)));
+    for split in [Split::Train, Split::HeldOut] {
+        let tokens = store.tokens(split).unwrap();
+        for tap in &manifest.taps {
+            let shard = store.read_shard(tap.point, split, 0).unwrap();
+            let sequence = shard.sequences[0];
+            let mut kept = Keep(tap.point, Vec::new());
+            let batch = TokenBatch::new(tokens.sequence(sequence as usize), 32).unwrap();
+            loaded.model.forward(batch, &mut kept, Until::Logits).unwrap();
+            let mut compared = 0;
+            for (i, _) in shard.sequences.iter().enumerate().filter(|(_, s)| **s == sequence) {
+                let at = shard.positions[i] as usize * tap.width;
+                let (stored, full) =
+                    (&shard.vectors[i * tap.width..(i + 1) * tap.width], &kept.1[at..at + tap.width]);
+                let difference: f32 = stored.iter().zip(full).map(|(a, b)| (a - b) * (a - b)).sum();
+                let norm: f32 = full.iter().map(|b| b * b).sum();
+                assert!(difference <= 1e-10 * norm && norm > 0.0, "{} {difference} {norm}", tap.point);
+                compared += 1;
+            }
+            assert!(compared > 2);
+        }
+    }
+}
+
+#[test]
+fn the_committed_settings_are_understood() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/demo.toml");
+    let stages: BTreeMap<String, toml::Table> = toml::from_str(&fs::read_to_string(path).unwrap()).unwrap();
+    let settings: HarvestConfig = resolve(&stages["harvest"].to_string(), &[]).unwrap();
+    assert!(settings.tokens.0 > 0 && settings.sequence_length > 1);
+}
