@@ -206,6 +206,7 @@ impl Screen {
     }
 
     /// Calls `keep(latent, estimate, margin)` for latents that are not certainly silent.
+    #[expect(clippy::neg_cmp_op_on_partial_ord, reason = "a NaN must survive, to be decided in f64")]
     fn survivors(
         &self,
         sae: &Sae,
@@ -231,7 +232,6 @@ impl Screen {
             let (p, b, f, s, o) = (group(products), group(bias), group(floor), group(scale), group(offset));
             let mut any = false;
             for i in 0..GROUP {
-                // Written so that a NaN survives and is decided in f64.
                 any |= !(p[i] + b[i] <= f[i] - (s[i] * x_norm + o[i]));
             }
             if any {
@@ -244,6 +244,7 @@ impl Screen {
 
 impl Candidates {
     /// Forgets latents that cannot be among the `k` largest: those below the `k`-th largest lower bound.
+    #[expect(clippy::neg_cmp_op_on_partial_ord, reason = "a NaN must stay, to be ranked in f64")]
     fn prune(&mut self, k: usize) {
         if k == 0 || self.latents.len() <= k {
             return;
@@ -274,6 +275,7 @@ impl Candidates {
 
 /// [`reference::pre_activation`] in an order that vectorises; where that order could matter to a decision at
 /// zero or at the threshold, the reference itself.
+#[expect(clippy::neg_cmp_op_on_partial_ord, reason = "a NaN belongs to the reference")]
 fn exact(sae: &Sae, x: &[f32], latent: usize) -> f64 {
     const LANES: usize = 8;
     let row = sae.encoder_row(latent);
@@ -298,5 +300,86 @@ fn exact(sae: &Sae, x: &[f32], latent: usize) -> f64 {
         reference::pre_activation(sae, x, latent)
     } else {
         z
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sae::SaeParts;
+
+    fn sae(activation: Activation) -> Sae {
+        let wave = |n: usize, phase: f32| (0..n).map(|i| (i as f32 * 0.7 + phase).sin()).collect::<Vec<_>>();
+        Sae::new(SaeParts {
+            d_in: 5,
+            d_out: 5,
+            w_enc: wave(95, 0.1),
+            b_enc: wave(19, 0.2),
+            w_dec: wave(95, 0.3),
+            b_dec: wave(5, 0.4),
+            activation,
+        })
+        .unwrap()
+    }
+
+    /// Codes of one row through the screen, with estimates spoiled by up to `noise` of their margin.
+    fn screened(sae: &Sae, x: &[f32], noise: f32) -> Vec<(u32, f32)> {
+        let (screen, margins) = (Screen::new(sae), Margins::new(sae));
+        let x_norm = norm(x);
+        #[expect(clippy::cast_possible_truncation, reason = "estimates are f32")]
+        let products: Vec<f32> = (0..19)
+            .map(|i| {
+                let sign = if i % 2 == 0 { noise } else { -noise };
+                reference::dot(sae.encoder_row(i), x) as f32 + sign * margins.margin(i, x_norm)
+            })
+            .collect();
+        let mut found = Vec::new();
+        if screen.k().is_some() {
+            let (mut low, mut high) = (Candidates::default(), Candidates::default());
+            screen.collect(sae, x_norm, 0, &products[..11], &mut low);
+            screen.collect(sae, x_norm, 11, &products[11..], &mut high);
+            low.append(high);
+            screen.rank(sae, x, low, |latent, value| found.push((latent, value)));
+        } else {
+            screen.decide(sae, x, x_norm, 0, &products[..11], |latent, value| found.push((latent, value)));
+            screen.decide(sae, x, x_norm, 11, &products[11..], |latent, value| found.push((latent, value)));
+        }
+        found.sort_unstable_by_key(|&(latent, _)| latent);
+        found
+    }
+
+    #[test]
+    fn estimates_wrong_by_their_margin_still_give_the_reference() {
+        let x = [0.3f32, -0.7, 1.1, 0.2, -0.4];
+        for activation in [
+            Activation::Relu,
+            Activation::JumpRelu { threshold: vec![0.4; 19] },
+            Activation::TopK { k: 1 },
+            Activation::TopK { k: 4 },
+            Activation::TopK { k: 19 },
+        ] {
+            let sae = sae(activation);
+            let wanted = reference::encode(&sae, crate::Rows::new(&x, 5).unwrap()).unwrap();
+            let (latents, values) = wanted.row(0);
+            let wanted: Vec<_> = latents.iter().copied().zip(values.iter().copied()).collect();
+            for noise in [0.0, 0.9, -0.9] {
+                assert_eq!(screened(&sae, &x, noise), wanted, "{:?} with noise {noise}", sae.activation());
+            }
+        }
+    }
+
+    #[test]
+    fn rows_too_large_for_f32_sums_are_left_to_the_reference() {
+        let sae = sae(Activation::Relu);
+        let screen = Screen::new(&sae);
+        assert!(
+            screen.trusts(norm(&[1e20; 5])) && !screen.trusts(norm(&[3e38; 5])) && !screen.trusts(f32::NAN)
+        );
+        let mut found = Vec::new();
+        screen.row_in_f64(&sae, &[3e38; 5], |latent, _| found.push(latent));
+        assert_eq!(
+            found,
+            reference::encode(&sae, crate::Rows::new(&[3e38; 5], 5).unwrap()).unwrap().row(0).0
+        );
     }
 }
