@@ -308,8 +308,9 @@ mod tests {
         assert_eq!(unique.len(), train.len() + held_out.len(), "a word appears twice");
         assert!(all.halves.iter().all(|t| (0..t.n_sequences()).all(|i| t.sequence(i)[0] == 1)));
         assert_eq!((all.text.len(), all.counts.documents), (10, 10));
-        let little =
-            gather(&HarvestConfig { tokens: Count(100), held_out_part: 500, ..config() }, &INFO, &sources);
+        let held_out = Portion::Share(0.0);
+        let little = HarvestConfig { tokens: Count(100), held_out_part: 500, held_out, ..config() };
+        let little = gather(&little, &INFO, &sources);
         assert!(little.text.len() == 1 && little.text[0].documents == 1, "{:?}", little.text);
     }
 

@@ -190,6 +190,7 @@ pub struct ManifestError {
     expected: String,
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "callers give numbers and texts made on the spot")]
 fn fault(field: impl Into<String>, found: impl ToString, expected: impl Into<String>) -> ManifestError {
     ManifestError { field: field.into(), found: found.to_string(), expected: expected.into() }
 }

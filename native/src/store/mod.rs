@@ -177,7 +177,7 @@ impl Store {
         self.read_file(&path, &shard.files[tap], |reader| {
             // The reader compared the shape with the file's length before this allocates.
             reader.tensor("x", safetensors_dtype(dtype), &[n, width], |piece| {
-                extend(&mut vectors, dtype, piece)
+                extend(&mut vectors, dtype, piece);
             })?;
             reader.tensor("sequence", Dtype::U32, &[n], |piece| extend_u32(&mut sequences, piece))?;
             reader.tensor("position", Dtype::U32, &[n], |piece| extend_u32(&mut positions, piece))
@@ -263,7 +263,7 @@ pub(crate) fn extend(values: &mut Vec<f32>, dtype: StoreDtype, bytes: &[u8]) {
     match dtype {
         StoreDtype::F32 => values.extend(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b))),
         StoreDtype::Bf16 => {
-            values.extend(bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()))
+            values.extend(bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()));
         }
         StoreDtype::F16 => values.extend(bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32())),
     }

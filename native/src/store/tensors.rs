@@ -111,9 +111,7 @@ struct Hashing {
 impl Hashing {
     fn start() -> Self {
         let (pieces, received) = mpsc::sync_channel::<Vec<u8>>(4);
-        let thread = thread::spawn(move || {
-            received.into_iter().fold(Sha256::new(), |hasher, piece| hasher.chain_update(piece))
-        });
+        let thread = thread::spawn(move || received.into_iter().fold(Sha256::new(), Sha256::chain_update));
         Self { pieces, thread }
     }
 

@@ -42,6 +42,7 @@ pub enum ConfigError {
 
 impl ConfigError {
     /// A value of `key` that cannot be used: what was found, what would have been accepted.
+    #[expect(clippy::needless_pass_by_value, reason = "callers give numbers and texts made on the spot")]
     pub fn value(key: &'static str, found: impl ToString, expected: impl Into<String>) -> Self {
         Self::Value { key, found: found.to_string(), expected: expected.into() }
     }
