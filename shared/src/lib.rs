@@ -5,6 +5,8 @@
 //! - [`rows`]: checked row-major matrix views; [`codes`]: sparse latent activations.
 //! - [`sae`]: the one in-memory form of released weights, latent-major.
 //! - [`forward`]: the seam every backend implements; [`reference`]: its f64 meaning.
+//! - [`jumprelu`]: the activation and its pseudo-derivatives; [`loss`]: the training objective and its
+//!   backward pass; [`fold`]: training parameters to released weights.
 //! - [`metrics`]: streaming accumulators (L0, FVU, dead latents, density).
 //! - [`tap`]: where activations are read; `lm` (feature `lm`): the transformer with those taps.
 //! - [`pack`]: the files of a feature pack, in both directions.
@@ -21,10 +23,13 @@ pub mod codes;
 pub mod config;
 pub mod cpu;
 pub mod error;
+pub mod fold;
 pub mod format;
 pub mod forward;
+pub mod jumprelu;
 #[cfg(feature = "lm")]
 pub mod lm;
+pub mod loss;
 pub mod metrics;
 pub mod pack;
 pub mod reference;
