@@ -1,11 +1,148 @@
 //! `stratascope train`.
 
-use anyhow::{Result, bail};
+use std::fs;
+use std::io::Write;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use shared::config::train::TrainConfig;
+use shared::config::{Count, Override, resolve};
+use shared::tap::TapPoint;
+
+use crate::stop::StopFlag;
+use crate::train::{ActivationSource, StoreTap, Summary, VectorsFile, run as train};
 
 /// Arguments of `train`.
 #[derive(Debug, clap::Args)]
-pub(crate) struct Args {}
+pub(crate) struct Args {
+    /// The store to train on, as written by `harvest`.
+    #[arg(long, value_name = "DIR", required_unless_present = "vectors")]
+    store: Option<PathBuf>,
+    /// A safetensors file to train on instead of a store: `x [n, width]` f32, and optionally `held_out`.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["store", "tap"])]
+    vectors: Option<PathBuf>,
+    /// Which tap of the store, such as resid.14; may be left out when there is only one.
+    #[arg(long)]
+    tap: Option<TapPoint>,
+    /// Where the autoencoder, log and checkpoints go; a run interrupted there goes on.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// A TOML file of any of the keys below and more; see configs/.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Set any key of the configuration, after the file and the flags.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Number of latents.
+    #[arg(long, value_name = "N")]
+    width: Option<usize>,
+    /// Mean number of active latents to reach and hold.
+    #[arg(long, value_name = "L0", conflicts_with = "lambda")]
+    target_l0: Option<f64>,
+    /// Weight of the L0 term, instead of a target.
+    #[arg(long)]
+    lambda: Option<f64>,
+    /// Training tokens in all, repeats counted, such as 6M.
+    #[arg(long, value_name = "N", conflicts_with = "steps")]
+    tokens: Option<Count>,
+    /// Steps in all, instead of tokens.
+    #[arg(long, value_name = "N")]
+    steps: Option<Count>,
+    /// Vectors a step.
+    #[arg(long, value_name = "N")]
+    batch: Option<usize>,
+    /// Seed of initialisation and data order.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Print the result as JSON.
+    #[arg(long)]
+    json: bool,
+}
 
-pub(crate) fn run(_args: &Args) -> Result<()> {
-    bail!("not built yet")
+impl Args {
+    fn resolve(&self) -> Result<TrainConfig> {
+        let text = match &self.config {
+            Some(path) => {
+                fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?
+            }
+            None => String::new(),
+        };
+        let mut overrides = Vec::new();
+        let mut put = |key: &str, value: Option<toml::Value>| {
+            overrides.extend(value.map(|value| Override::new(key, value)));
+        };
+        let integer = |n: u64| toml::Value::Integer(i64::try_from(n).unwrap_or(i64::MAX));
+        put("tap", self.tap.map(|tap| tap.to_string().into()));
+        put("width", self.width.map(|n| integer(n as u64)));
+        put("target_l0", self.target_l0.map(Into::into));
+        put("lambda", self.lambda.map(Into::into));
+        put("tokens", self.tokens.map(|n| integer(n.0)));
+        put("steps", self.steps.map(|n| integer(n.0)));
+        put("batch", self.batch.map(|n| integer(n as u64)));
+        put("seed", self.seed.map(integer));
+        for text in &self.set {
+            overrides.push(Override::parse(text)?);
+        }
+        let mut config: TrainConfig = resolve(&text, &overrides).with_context(|| {
+            self.config.as_ref().map_or("options".to_owned(), |p| p.display().to_string())
+        })?;
+        // A flag chooses between alternatives that the file may have chosen otherwise.
+        if self.target_l0.is_some() {
+            config.lambda = None;
+        } else if self.lambda.is_some() {
+            config.target_l0 = None;
+        }
+        if self.tokens.is_some() {
+            config.steps = None;
+        }
+        config.check()?;
+        Ok(config)
+    }
+}
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let config = args.resolve()?;
+    let stop = StopFlag::from_signals()?;
+    let source: Box<dyn ActivationSource> = match (&args.vectors, &args.store) {
+        (Some(path), _) => Box::new(VectorsFile::open(path)?),
+        (None, Some(folder)) => Box::new(StoreTap::open(folder, config.tap)?),
+        (None, None) => anyhow::bail!("give --store or --vectors"),
+    };
+    tracing::info!(
+        "{} latents over {} values, {} steps of {} vectors from {}, on {} threads",
+        config.width,
+        source.width(),
+        config.total_steps(),
+        config.batch,
+        source.n_vectors(),
+        rayon::current_num_threads(),
+    );
+    let summary = train(&*source, &config, &args.out, &stop)?;
+    let mut stdout = std::io::stdout().lock();
+    if args.json {
+        serde_json::to_writer(&mut stdout, &summary)?;
+        writeln!(stdout)?;
+    } else {
+        write!(stdout, "{}", describe(&summary, args))?;
+    }
+    Ok(())
+}
+
+fn describe(summary: &Summary, args: &Args) -> String {
+    let mut text = format!(
+        "trained {} tokens in {} steps at {:.0} tokens/s: L0 {:.1}, FVU {:.4}, dead {:.1} %\n",
+        summary.tokens,
+        summary.steps,
+        summary.tokens_per_s,
+        summary.l0,
+        summary.fvu,
+        100.0 * summary.dead,
+    );
+    if let (Some(l0), Some(fvu)) = (summary.held_out_l0, summary.held_out_fvu) {
+        text += &format!("held out: L0 {l0:.1}, FVU {fvu:.4}\n");
+    }
+    if summary.skipped > 0 {
+        text += &format!("{} batches were not learned from\n", summary.skipped);
+    }
+    text + &format!("written to {}\n", args.out.display())
 }

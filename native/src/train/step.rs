@@ -44,7 +44,7 @@ pub struct Forward {
     /// `x̂ − x`, `[N, d_in]`.
     residual: Vec<f32>,
     losses: Losses,
-    squared_errors: Vec<f64>,
+    n_active: usize,
 }
 
 impl Forward {
@@ -54,10 +54,16 @@ impl Forward {
         self.losses
     }
 
-    /// The squared error of every row, `[N]`.
+    /// Active (row, latent) pairs.
     #[must_use]
-    pub fn squared_errors(&self) -> &[f64] {
-        &self.squared_errors
+    pub fn n_active(&self) -> usize {
+        self.n_active
+    }
+
+    /// `x̂ − x`, `[N, d_in]`.
+    #[must_use]
+    pub fn residual(&self) -> &[f32] {
+        &self.residual
     }
 
     /// The latents that fired in this batch, ascending.
@@ -112,7 +118,7 @@ impl Trainer {
         let l0 = active / n;
         let mse = squared_errors.iter().sum::<f64>() / n;
         let losses = Losses { mse, sparsity: settings.sparsity.value(l0), l0 };
-        Ok(Forward { n_rows: x.n_rows(), input, thetas, blocks, residual, losses, squared_errors })
+        Ok(Forward { n_rows: x.n_rows(), input, thetas, blocks, residual, losses, n_active })
     }
 
     /// Backward pass and update: the step is taken.

@@ -5,6 +5,7 @@
 
 pub mod harvest;
 pub mod quantity;
+pub mod train;
 
 pub use quantity::{Count, Portion};
 

@@ -1,0 +1,256 @@
+//! Everything a run needs to go on to the same bits: one file, replaced as a whole.
+//!
+//! `checkpoint/state.safetensors` holds parameters, second moments, the steps that last touched each latent
+//! and the rows in which it last fired; its header holds, as JSON, the step, the position in the data, the
+//! guard, and what configuration and data the run belongs to. Schedules follow from the step and the data
+//! order from the position, so there is no random state besides.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use shared::config::train::TrainConfig;
+use shared::metrics::Dead;
+
+use super::guard::Guard;
+use super::order::Position;
+use super::params::{Moments, Params};
+use super::step::Trainer;
+use crate::files::write_atomic;
+
+/// The state of a run between two steps.
+#[derive(Debug, Clone, PartialEq)]
+pub struct State {
+    /// Parameters, moments, step.
+    pub trainer: Trainer,
+    /// The next row to train on.
+    pub position: Position,
+    /// Bad batches so far.
+    pub guard: Guard,
+    /// When each latent last fired.
+    pub dead: Dead,
+}
+
+/// What the header of a checkpoint says.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Header {
+    version: u32,
+    d_in: usize,
+    step: u64,
+    rows_seen: u64,
+    position: Position,
+    guard: Guard,
+    identity: Value,
+}
+
+/// What a run is: its resolved configuration and its data. A checkpoint of another run is refused.
+///
+/// # Errors
+/// If the configuration cannot be written as JSON.
+pub fn identity(config: &TrainConfig, data: &Value) -> Result<Value> {
+    // How often state is saved and logged does not change the result.
+    let config = TrainConfig { log_every: 1, checkpoint_every: 1, checkpoint_minutes: 1.0, ..config.clone() };
+    // Through text, so that it compares equal to what is read back.
+    let text = serde_json::to_string(&serde_json::json!({ "config": config, "data": data }))?;
+    Ok(serde_json::from_str(&text)?)
+}
+
+/// The file a run in folder `out` keeps its state in.
+#[must_use]
+pub fn path(out: &Path) -> PathBuf {
+    out.join("checkpoint").join("state.safetensors")
+}
+
+/// Writes `state`, replacing the last checkpoint once it is complete.
+///
+/// # Errors
+/// If the disk refuses; the last checkpoint is then untouched.
+pub fn save(out: &Path, state: &State, identity: &Value) -> Result<()> {
+    let header = Header {
+        version: 1,
+        d_in: state.trainer.params.d_in,
+        step: state.trainer.step,
+        rows_seen: state.dead.n_rows(),
+        position: state.position,
+        guard: state.guard.clone(),
+        identity: identity.clone(),
+    };
+    let (p, m) = (&state.trainer.params, &state.trainer.moments);
+    let floats = [
+        ("w_enc", &p.w_enc),
+        ("b_enc", &p.b_enc),
+        ("w_dec", &p.w_dec),
+        ("b_dec", &p.b_dec),
+        ("threshold", &p.threshold),
+        ("moment.w_enc", &m.w_enc),
+        ("moment.b_enc", &m.b_enc),
+        ("moment.w_dec", &m.w_dec),
+        ("moment.b_dec", &m.b_dec),
+        ("moment.threshold", &m.threshold),
+    ];
+    let integers = [
+        ("weights_step", &m.weights_step[..]),
+        ("threshold_step", &m.threshold_step[..]),
+        ("last_fired", state.dead.last_fired()),
+    ];
+    let mut views = Vec::new();
+    for (name, values) in floats {
+        views.push((name, TensorView::new(Dtype::F32, vec![values.len()], bytemuck::cast_slice(values))?));
+    }
+    for (name, values) in integers {
+        views.push((name, TensorView::new(Dtype::U64, vec![values.len()], bytemuck::cast_slice(values))?));
+    }
+    let metadata = HashMap::from([("state".to_owned(), serde_json::to_string(&header)?)]);
+    let bytes = safetensors::serialize(views, Some(metadata))?;
+    write_atomic(&path(out), |w| w.write_all(&bytes))
+}
+
+/// Reads the checkpoint of a run in `out`, `None` when there is none.
+///
+/// # Errors
+/// If it is damaged, or belongs to another configuration or other data.
+pub fn load(out: &Path, config: &TrainConfig, d_in: usize, identity: &Value) -> Result<Option<State>> {
+    let path = path(out);
+    if !path.exists() {
+        return Ok(None);
+    }
+    let bytes = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    read(&bytes, config, d_in, identity).map(Some).with_context(|| {
+        format!("cannot resume from {}; give another --out, or remove it to start again", path.display())
+    })
+}
+
+fn read(bytes: &[u8], config: &TrainConfig, d_in: usize, identity: &Value) -> Result<State> {
+    let (_, metadata) = SafeTensors::read_metadata(bytes)?;
+    let text = metadata.metadata().as_ref().and_then(|m| m.get("state")).context("it has no `state`")?;
+    let header: Header = serde_json::from_str(text).context("its `state` cannot be read")?;
+    ensure!(header.version == 1, "it is of version {}, expected 1", header.version);
+    if header.identity != *identity {
+        bail!("it belongs to another run: {}", difference(&header.identity, identity));
+    }
+    let (n, file) = (config.width, SafeTensors::deserialize(bytes)?);
+    let floats = |name: &str, len: usize| -> Result<Vec<f32>> { tensor(&file, name, Dtype::F32, len) };
+    let integers = |name: &str| -> Result<Vec<u64>> { tensor(&file, name, Dtype::U64, n) };
+    let dense = n.checked_mul(d_in).context("width overflows")?;
+    let params = Params {
+        d_in,
+        w_enc: floats("w_enc", dense)?,
+        b_enc: floats("b_enc", n)?,
+        w_dec: floats("w_dec", dense)?,
+        b_dec: floats("b_dec", d_in)?,
+        threshold: floats("threshold", n)?,
+        parametrisation: config.parametrisation,
+        pre_bias: config.pre_bias,
+    };
+    let moments = Moments {
+        w_enc: floats("moment.w_enc", dense)?,
+        b_enc: floats("moment.b_enc", n)?,
+        w_dec: floats("moment.w_dec", dense)?,
+        b_dec: floats("moment.b_dec", d_in)?,
+        threshold: floats("moment.threshold", n)?,
+        weights_step: integers("weights_step")?,
+        threshold_step: integers("threshold_step")?,
+    };
+    Ok(State {
+        trainer: Trainer { params, moments, step: header.step },
+        position: header.position,
+        guard: header.guard,
+        dead: Dead::resume(header.rows_seen, integers("last_fired")?)?,
+    })
+}
+
+fn tensor<T: bytemuck::Pod>(file: &SafeTensors<'_>, name: &str, dtype: Dtype, len: usize) -> Result<Vec<T>> {
+    let view = file.tensor(name).with_context(|| format!("it has no tensor `{name}`"))?;
+    let right = view.dtype() == dtype && view.shape() == [len];
+    ensure!(right, "tensor `{name}` is {:?} {:?}, expected {dtype:?} [{len}]", view.dtype(), view.shape());
+    Ok(view.data().chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned).collect())
+}
+
+/// The keys in which two identities differ.
+fn difference(found: &Value, wanted: &Value) -> String {
+    let mut differences = Vec::new();
+    for part in ["config", "data"] {
+        let (Some(found), Some(wanted)) = (found[part].as_object(), wanted[part].as_object()) else {
+            continue;
+        };
+        let keys: std::collections::BTreeSet<&String> = found.keys().chain(wanted.keys()).collect();
+        for key in keys {
+            let show = |v: Option<&Value>| v.map_or_else(|| "nothing".to_owned(), Value::to_string);
+            if found.get(key) != wanted.get(key) {
+                differences.push(format!(
+                    "{key} is {} there, {} here",
+                    show(found.get(key)),
+                    show(wanted.get(key))
+                ));
+            }
+        }
+    }
+    differences.join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    use shared::loss::Parametrisation;
+
+    fn config() -> TrainConfig {
+        TrainConfig { width: 3, target_l0: Some(1.0), lr: 0.1 + 0.2, ..TrainConfig::default() }
+    }
+
+    fn state() -> State {
+        let params = Params {
+            d_in: 2,
+            w_enc: vec![1.0, f32::MIN_POSITIVE, 3.0, 4.0, 5.0, 6.0],
+            b_enc: vec![0.1; 3],
+            w_dec: vec![0.6; 6],
+            b_dec: vec![-0.0, 1.0],
+            threshold: vec![-3.0, -2.5, -2.0],
+            parametrisation: Parametrisation::Log,
+            pre_bias: true,
+        };
+        let mut trainer = Trainer::new(params);
+        trainer.step = 12;
+        trainer.moments.weights_step = vec![12, 0, 7];
+        State {
+            trainer,
+            position: Position { epoch: 1, shard: 2, row: 3 },
+            guard: Guard::default(),
+            dead: Dead::resume(100, vec![100, 0, 50]).unwrap(),
+        }
+    }
+
+    #[test]
+    fn saved_and_read_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let identity = identity(&config(), &json!({ "sha": "a" })).unwrap();
+        assert!(load(folder.path(), &config(), 2, &identity).unwrap().is_none());
+        save(folder.path(), &state(), &identity).unwrap();
+        assert_eq!(load(folder.path(), &config(), 2, &identity).unwrap(), Some(state()));
+    }
+
+    #[test]
+    fn another_run_or_a_damaged_file_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let mine = identity(&config(), &json!({ "sha": "a" })).unwrap();
+        save(folder.path(), &state(), &mine).unwrap();
+        let other = TrainConfig { seed: 5, ..config() };
+        let error = load(folder.path(), &other, 2, &identity(&other, &json!({ "sha": "b" })).unwrap());
+        let error = format!("{:#}", error.unwrap_err());
+        assert!(error.contains("seed is 0 there, 5 here") && error.contains("sha"), "{error}");
+        let logged = TrainConfig { log_every: 7, ..config() };
+        assert_eq!(identity(&logged, &json!({ "sha": "a" })).unwrap(), mine);
+
+        let bytes = fs::read(path(folder.path())).unwrap();
+        for end in [0, 4, 100, bytes.len() / 2, bytes.len() - 1] {
+            assert!(read(&bytes[..end], &config(), 2, &mine).is_err(), "truncated at {end}");
+        }
+        assert!(read(&bytes, &config(), 3, &mine).is_err());
+    }
+}

@@ -1,0 +1,100 @@
+//! Where training starts (Gemma Scope, arXiv 2408.05147 §3.2, and what short runs need instead).
+
+use anyhow::Result;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
+use shared::config::train::{DecoderBiasInit, ThresholdInit, TrainConfig};
+
+use super::params::Params;
+use super::source::ActivationSource;
+use crate::cpu::gemm::{Matrix, product};
+
+/// Rows that quantile thresholds are taken from.
+pub const SAMPLE_ROWS: usize = 4096;
+/// The lowest threshold a quantile may give: log θ needs a positive one.
+const LOWEST_THRESHOLD: f32 = 1e-4;
+/// Latents whose sample pre-activations are computed at a time.
+const BLOCK: usize = 32;
+
+/// Parameters before the first step; `sample` holds normalised rows for the quantiles.
+///
+/// Decoder directions are He-uniform rows scaled to norm 1, the encoder is a copy of them, biases are zero
+/// (or the decoder bias the data's mean).
+///
+/// # Errors
+/// If the sample does not consist of whole rows.
+pub fn params(config: &TrainConfig, source: &dyn ActivationSource, sample: &[f32]) -> Result<Params> {
+    let (n, d) = (config.width, source.width());
+    let mut rng = ChaCha8Rng::seed_from_u64(config.seed);
+    #[expect(clippy::cast_precision_loss, reason = "widths are far below 2^24")]
+    let bound = (6.0 / d as f32).sqrt();
+    let mut w_dec: Vec<f32> = (0..n * d).map(|_| rng.random_range(-bound..bound)).collect();
+    for direction in w_dec.chunks_exact_mut(d) {
+        let norm = direction.iter().map(|v| v * v).sum::<f32>().sqrt();
+        direction.iter_mut().for_each(|v| *v /= norm);
+    }
+    #[expect(clippy::cast_possible_truncation, reason = "parameters are f32")]
+    let b_dec = match config.decoder_bias_init {
+        DecoderBiasInit::Zero => vec![0.0; d],
+        DecoderBiasInit::Mean => {
+            source.mean().iter().map(|&m| (f64::from(m) / source.scale()) as f32).collect()
+        }
+    };
+    let mut params = Params {
+        d_in: d,
+        w_enc: w_dec.clone(),
+        b_enc: vec![0.0; n],
+        w_dec,
+        b_dec,
+        threshold: Vec::new(),
+        parametrisation: config.parametrisation,
+        pre_bias: config.pre_bias,
+    };
+    #[expect(clippy::cast_possible_truncation, reason = "parameters are f32")]
+    let parameter = |theta: f64| config.parametrisation.parameter(theta) as f32;
+    params.threshold = match config.threshold_init {
+        ThresholdInit::Value(theta) => vec![parameter(theta); n],
+        ThresholdInit::FromData(_) => {
+            #[expect(clippy::cast_precision_loss, reason = "widths are far below 2^53")]
+            let share = config.initial_l0() / n as f64;
+            quantiles(&params, sample, share)?.into_iter().map(|t| parameter(f64::from(t))).collect()
+        }
+    };
+    Ok(params)
+}
+
+/// Per latent, the value that a share `share` of its pre-activations on `sample` lies above.
+fn quantiles(params: &Params, sample: &[f32], share: f64) -> Result<Vec<f32>> {
+    let d = params.d_in;
+    let n_rows = sample.len() / d;
+    let mut input = sample.to_vec();
+    if params.pre_bias {
+        for row in input.chunks_exact_mut(d) {
+            row.iter_mut().zip(&params.b_dec).for_each(|(v, b)| *v -= b);
+        }
+    }
+    #[expect(
+        clippy::cast_precision_loss,
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a rank"
+    )]
+    let above = ((n_rows as f64 * share).round() as usize).min(n_rows.saturating_sub(1));
+    let blocks: Result<Vec<Vec<f32>>> = params
+        .w_enc
+        .par_chunks(BLOCK * d)
+        .map(|w_enc| {
+            let n = w_enc.len() / d;
+            let mut z = vec![0.0f32; n * n_rows];
+            let rows = Matrix::new(&input, n_rows, d)?;
+            product(&mut z, Matrix::new(w_enc, n, d)?, rows.transposed(), 1.0, false, 1)?;
+            let quantile = |z: &mut [f32]| {
+                let (_, value, _) = z.select_nth_unstable_by(above, |a, b| b.total_cmp(a));
+                value.max(LOWEST_THRESHOLD)
+            };
+            Ok(z.chunks_exact_mut(n_rows).map(quantile).collect())
+        })
+        .collect();
+    Ok(blocks?.concat())
+}

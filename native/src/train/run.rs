@@ -1,0 +1,324 @@
+//! The loop: next batch, forward, update; log and checkpoint in between; the trained autoencoder at the end.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use indicatif::ProgressBar;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use shared::Rows;
+use shared::config::to_toml;
+use shared::config::train::TrainConfig;
+use shared::metrics::{Dead, Fvu, L0};
+
+use super::checkpoint::{self, State};
+use super::guard::Guard;
+use super::init;
+use super::log::{Line, Log};
+use super::order::{Batches, Position};
+use super::schedule::settings;
+use super::source::ActivationSource;
+use super::step::{Forward, Settings, Trainer};
+use crate::files::write_bytes;
+use crate::progress;
+use crate::sae_files::{SaeFile, SaeFormat, write as write_sae};
+use crate::stop::{StopFlag, Stopped};
+
+/// Held-out vectors that the final metrics are taken on.
+const HELD_OUT_ROWS: usize = 20_000;
+
+/// How a run ended, also written to `run.json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Summary {
+    /// Steps taken.
+    pub steps: u64,
+    /// Vectors trained on.
+    pub tokens: u64,
+    /// Mean L0 over the last tenth of the steps.
+    pub l0: f64,
+    /// FVU over the last tenth of the steps.
+    pub fvu: f64,
+    /// Share of latents that did not fire within the dead window.
+    pub dead: f64,
+    /// Mean L0 on held-out vectors, when there are some.
+    pub held_out_l0: Option<f64>,
+    /// FVU on held-out vectors, when there are some.
+    pub held_out_fvu: Option<f64>,
+    /// Batches not learned from.
+    pub skipped: u64,
+    /// Training speed of this process, over all its steps.
+    pub tokens_per_s: f64,
+}
+
+/// `run.json`: what was done, to which data, with what result.
+#[derive(Serialize, Deserialize)]
+struct RunFile {
+    writer: String,
+    identity: Value,
+    config: TrainConfig,
+    data: Value,
+    /// The scalar C that was folded into the weights.
+    scale: f64,
+    metrics: Summary,
+}
+
+/// Trains on `source` into folder `out`, going on where an interrupted run stopped.
+///
+/// # Errors
+/// If data cannot be read, the folder belongs to another run, too many batches are bad, the disk refuses, or
+/// a stop was asked for ([`Stopped`], after a checkpoint).
+pub fn run(
+    source: &dyn ActivationSource,
+    config: &TrainConfig,
+    out: &Path,
+    stop: &StopFlag,
+) -> Result<Summary> {
+    config.check()?;
+    let identity = checkpoint::identity(config, source.provenance())?;
+    if let Some(summary) = finished(out, &identity)? {
+        tracing::info!("{} is already trained with this configuration and data", out.display());
+        return Ok(summary);
+    }
+    let mut run = Run::start(source, config, out, identity)?;
+    write_bytes(&out.join("config.toml"), to_toml(config)?.as_bytes())?;
+    run.train(stop)?;
+    run.finish()
+}
+
+/// The summary of a finished run in `out`.
+fn finished(out: &Path, identity: &Value) -> Result<Option<Summary>> {
+    let path = out.join("run.json");
+    if !path.exists() {
+        return Ok(None);
+    }
+    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let file: RunFile =
+        serde_json::from_str(&text).with_context(|| format!("{} is not a training run", path.display()))?;
+    if file.identity != *identity {
+        bail!("{} holds another finished run; give another --out, or remove it", out.display());
+    }
+    Ok(Some(file.metrics))
+}
+
+struct Run<'a> {
+    source: &'a dyn ActivationSource,
+    config: &'a TrainConfig,
+    out: PathBuf,
+    identity: Value,
+    state: State,
+    log: Log,
+    /// Variance of the normalised training data.
+    variance: f64,
+    started: Instant,
+    first_step: u64,
+}
+
+impl<'a> Run<'a> {
+    fn start(
+        source: &'a dyn ActivationSource,
+        config: &'a TrainConfig,
+        out: &Path,
+        identity: Value,
+    ) -> Result<Self> {
+        let state = match checkpoint::load(out, config, source.width(), &identity)? {
+            Some(state) => {
+                tracing::info!("going on from step {}", state.trainer.step);
+                state
+            }
+            None => {
+                let mut sample = Vec::new();
+                let rows = usize::try_from(source.n_vectors())?.min(init::SAMPLE_ROWS);
+                Batches::new(source, config.seed, Position::default()).fill(rows, &mut sample)?;
+                State {
+                    trainer: Trainer::new(init::params(config, source, &sample)?),
+                    position: Position::default(),
+                    guard: Guard::default(),
+                    dead: Dead::new(config.width),
+                }
+            }
+        };
+        // E‖x‖² = 1 by the choice of C, so the variance is what the mean leaves of it.
+        let scale = source.scale();
+        let variance = 1.0 - source.mean().iter().map(|&m| (f64::from(m) / scale).powi(2)).sum::<f64>();
+        let log = Log::open(&out.join("log.jsonl"), state.trainer.step)?;
+        let first_step = state.trainer.step;
+        let variance = variance.max(f64::MIN_POSITIVE);
+        let out = out.to_owned();
+        Ok(Self { source, config, out, identity, state, log, variance, started: Instant::now(), first_step })
+    }
+
+    fn train(&mut self, stop: &StopFlag) -> Result<()> {
+        let total = self.config.total_steps();
+        let bar = progress::bar(total * self.config.batch as u64, "train", "tokens");
+        bar.set_position(self.state.trainer.step * self.config.batch as u64);
+        bar.reset_eta();
+        let mut batches = Batches::new(self.source, self.config.seed, self.state.position);
+        let (mut x, mut interval) = (Vec::new(), Interval::new(self.state.trainer.step));
+        let mut saved = Instant::now();
+        while self.state.trainer.step < total {
+            batches.fill(self.config.batch, &mut x)?;
+            let settings = settings(self.config, self.state.trainer.step);
+            let forward = self.state.trainer.forward(Rows::new(&x, self.source.width())?, &settings)?;
+            self.state.position = batches.position();
+            if self.state.guard.accept(&forward.losses())? {
+                self.state.trainer.update(&forward, &settings);
+                self.state.dead.update_fired(self.config.batch as u64, forward.fired());
+                interval.add(&forward, &settings);
+                bar.inc(self.config.batch as u64);
+            }
+            let step = self.state.trainer.step;
+            if step.is_multiple_of(self.config.log_every) || step == total {
+                self.write_line(&mut interval, &settings, &bar)?;
+            }
+            let stopping = stop.is_raised();
+            let due = saved.elapsed() > Duration::from_secs_f64(60.0 * self.config.checkpoint_minutes);
+            if stopping || due || step.is_multiple_of(self.config.checkpoint_every) {
+                checkpoint::save(&self.out, &self.state, &self.identity)?;
+                saved = Instant::now();
+            }
+            if stopping && step < total {
+                bar.abandon();
+                bail!(Stopped);
+            }
+        }
+        bar.finish_and_clear();
+        Ok(())
+    }
+
+    fn write_line(&mut self, interval: &mut Interval, settings: &Settings, bar: &ProgressBar) -> Result<()> {
+        let State { trainer, guard, dead, .. } = &self.state;
+        if interval.n_steps > 0 {
+            let line = interval.line(self.variance, settings, dead, self.config, guard.skipped, trainer.step);
+            bar.set_message(format!(
+                "L0 {:.1} · FVU {:.3} · dead {:.1} %",
+                line.l0,
+                line.fvu,
+                100.0 * line.dead
+            ));
+            self.log.write(&line)?;
+        }
+        // The log interval may be cut by a resume; starting at fixed steps keeps its lines the same.
+        *interval = Interval::new(trainer.step);
+        Ok(())
+    }
+
+    fn finish(self) -> Result<Summary> {
+        let elapsed = self.started.elapsed().as_secs_f64();
+        let batch = self.config.batch as u64;
+        let State { trainer, guard, dead, .. } = &self.state;
+        let (l0, fvu) = self.last_tenth()?;
+        let sae = trainer.params.release(self.source.scale())?;
+        let (held_out_l0, held_out_fvu) = self.held_out()?;
+        #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^53")]
+        let metrics = Summary {
+            steps: trainer.step,
+            tokens: trainer.step * batch,
+            l0,
+            fvu,
+            dead: dead.share_within(self.config.dead_window.0).unwrap_or(0.0),
+            held_out_l0,
+            held_out_fvu,
+            skipped: guard.skipped,
+            tokens_per_s: ((trainer.step - self.first_step) * batch) as f64 / elapsed.max(1e-9),
+        };
+        let mut metadata = self.source.metadata();
+        metadata.provenance.insert("training".to_owned(), json!(self.config));
+        metadata.provenance.insert("data".to_owned(), self.source.provenance().clone());
+        write_sae(&self.out, SaeFormat::SaeLens, &SaeFile { sae, metadata })?;
+        checkpoint::save(&self.out, &self.state, &self.identity)?;
+        let file = RunFile {
+            writer: format!("stratascope {}", env!("CARGO_PKG_VERSION")),
+            identity: self.identity.clone(),
+            config: self.config.clone(),
+            data: self.source.provenance().clone(),
+            scale: self.source.scale(),
+            metrics: metrics.clone(),
+        };
+        // Last: its presence says that the run is finished.
+        write_bytes(&self.out.join("run.json"), &serde_json::to_vec_pretty(&file)?)?;
+        Ok(metrics)
+    }
+
+    /// L0 and FVU over the log lines of the last tenth of the steps.
+    fn last_tenth(&self) -> Result<(f64, f64)> {
+        let text = fs::read_to_string(self.out.join("log.jsonl")).context("cannot read the log back")?;
+        let lines: Vec<Line> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+        let from = self.config.total_steps() - self.config.total_steps() / 10;
+        let last: Vec<&Line> = lines.iter().filter(|line| line.step >= from).collect();
+        #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^53")]
+        let n = last.len().max(1) as f64;
+        Ok((last.iter().map(|l| l.l0).sum::<f64>() / n, last.iter().map(|l| l.fvu).sum::<f64>() / n))
+    }
+
+    /// L0 and FVU on vectors that were never trained on.
+    fn held_out(&self) -> Result<(Option<f64>, Option<f64>)> {
+        let (width, scale) = (self.source.width(), self.source.scale());
+        let mut vectors = self.source.held_out(HELD_OUT_ROWS)?;
+        #[expect(clippy::cast_possible_truncation, reason = "activations are f32")]
+        vectors.iter_mut().for_each(|v| *v = (f64::from(*v) / scale) as f32);
+        let settings = settings(self.config, self.config.total_steps());
+        let (mut l0, mut fvu) = (L0::new(), Fvu::new(width));
+        for rows in vectors.chunks(1024 * width) {
+            let x = Rows::new(rows, width)?;
+            let forward = self.state.trainer.forward(x, &settings)?;
+            l0.add(x.n_rows() as u64, forward.n_active() as u64);
+            let reconstruction: Vec<f32> = rows.iter().zip(forward.residual()).map(|(x, r)| x + r).collect();
+            fvu.update(x, Rows::new(&reconstruction, width)?)?;
+        }
+        Ok((l0.mean(), fvu.value()))
+    }
+}
+
+/// Sums since the last line of the log.
+struct Interval {
+    started: Instant,
+    first_step: u64,
+    n_steps: u64,
+    loss: f64,
+    mse: f64,
+    l0: f64,
+    lambda: f64,
+}
+
+impl Interval {
+    fn new(first_step: u64) -> Self {
+        Self { started: Instant::now(), first_step, n_steps: 0, loss: 0.0, mse: 0.0, l0: 0.0, lambda: 0.0 }
+    }
+
+    fn add(&mut self, forward: &Forward, settings: &Settings) {
+        let losses = forward.losses();
+        self.n_steps += 1;
+        self.loss += losses.total();
+        self.mse += losses.mse;
+        self.l0 += losses.l0;
+        self.lambda += settings.sparsity.effective_lambda(losses.l0);
+    }
+
+    fn line(
+        &self,
+        variance: f64,
+        settings: &Settings,
+        dead: &Dead,
+        config: &TrainConfig,
+        skipped: u64,
+        step: u64,
+    ) -> Line {
+        #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^53")]
+        let (n, rows) = (self.n_steps as f64, ((step - self.first_step) * config.batch as u64) as f64);
+        Line {
+            step,
+            tokens: step * config.batch as u64,
+            loss: self.loss / n,
+            mse: self.mse / n,
+            l0: self.l0 / n,
+            fvu: self.mse / n / variance,
+            dead: dead.share_within(config.dead_window.0).unwrap_or(0.0),
+            lambda: self.lambda / n,
+            lr: settings.lr,
+            skipped,
+            tokens_per_s: rows / self.started.elapsed().as_secs_f64().max(1e-9),
+        }
+    }
+}

@@ -1,0 +1,257 @@
+//! The keys of a training run.
+//!
+//! The defaults are made for short runs: a few thousand steps over some hundred thousand vectors, repeated.
+//! The published JumpReLU recipe assumes billions of tokens: with ε = 0.001 and a learning rate of 7e-5 a
+//! threshold sees a handful of window samples and moves by a few per cent in a thousand steps, so L0 stays
+//! where it started. What differs, and why, is said at each key; `configs/gemma-scope.toml` has the
+//! published values.
+
+use serde::{Deserialize, Serialize};
+
+use super::{ConfigError, Count};
+use crate::loss::Parametrisation;
+use crate::tap::TapPoint;
+
+/// Where thresholds start.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum ThresholdInit {
+    /// The same θ for every latent, in units of the normalised data.
+    Value(f64),
+    /// From data.
+    FromData(FromData),
+}
+
+/// The word for [`ThresholdInit::FromData`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FromData {
+    /// The quantile of each latent's own pre-activations at which it fires equally often, such that the mean
+    /// L0 is `init_l0`: no latent starts dead, none starts dense.
+    Quantile,
+}
+
+/// Where the decoder bias starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DecoderBiasInit {
+    /// The mean of the first vectors.
+    Mean,
+    /// Zero, as published.
+    Zero,
+}
+
+/// Configuration of a training run; every key has a default except what names the data.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainConfig {
+    /// The tap of the store to train on, such as `resid.14`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tap: Option<TapPoint>,
+    /// Number of latents.
+    pub width: usize,
+    /// Mean number of active latents to reach and hold; exclusive with `lambda`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_l0: Option<f64>,
+    /// λ of the term `λ‖f‖₀`; exclusive with `target_l0`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lambda: Option<f64>,
+    /// Weight of `(L̄0/L0* − 1)²` when `target_l0` is given. Large enough that the L0 at which it balances the
+    /// reconstruction lies within a few per cent of the target, whatever the data.
+    pub target_weight: f64,
+    /// Training tokens (vectors) in all, repeats counted; a whole number of batches is taken.
+    pub tokens: Count,
+    /// Steps in all, instead of `tokens`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub steps: Option<Count>,
+    /// Vectors a step.
+    pub batch: usize,
+    /// Seed of initialisation and data order.
+    pub seed: u64,
+    /// Learning rate of weights and biases.
+    pub lr: f64,
+    /// Learning rate of the threshold parameter. Under Adam a log θ moves by about this much a step, so a run
+    /// of a few thousand steps needs it well above `lr` for θ to move by more than a few per cent.
+    pub threshold_lr: f64,
+    /// Steps of the cosine warm-up of both learning rates, from a tenth.
+    pub lr_warmup_steps: u64,
+    /// Share of the run, at its end, over which both learning rates fall linearly to zero.
+    pub lr_decay_share: f64,
+    /// Steps over which the weight of the sparsity term grows linearly from zero.
+    pub sparsity_warmup_steps: u64,
+    /// Width ε of the straight-through window, in units of the normalised data. Wider means more samples a
+    /// threshold learns from in a batch, and more bias.
+    pub bandwidth: f64,
+    /// Whether log θ or θ is trained.
+    pub parametrisation: Parametrisation,
+    /// Where thresholds start: a number, or `"quantile"`.
+    pub threshold_init: ThresholdInit,
+    /// Mean L0 at the start with `threshold_init = "quantile"`; 0 = twice the target (or 1/64 of the width).
+    pub init_l0: f64,
+    /// Where the decoder bias starts.
+    pub decoder_bias_init: DecoderBiasInit,
+    /// Whether the encoder reads `x − b_dec`.
+    pub pre_bias: bool,
+    /// A latent counts as dead when it did not fire in this many tokens.
+    pub dead_window: Count,
+    /// Steps between two lines of the log.
+    pub log_every: u64,
+    /// Steps between two checkpoints.
+    pub checkpoint_every: u64,
+    /// Minutes after which a checkpoint is written in any case.
+    pub checkpoint_minutes: f64,
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        Self {
+            tap: None,
+            width: 4096,
+            target_l0: None,
+            lambda: None,
+            target_weight: 1.0,
+            tokens: Count(6_000_000),
+            steps: None,
+            batch: 1024,
+            seed: 0,
+            lr: 4e-4,
+            threshold_lr: 2e-3,
+            lr_warmup_steps: 200,
+            lr_decay_share: 0.3,
+            sparsity_warmup_steps: 0,
+            bandwidth: 0.03,
+            parametrisation: Parametrisation::Log,
+            threshold_init: ThresholdInit::FromData(FromData::Quantile),
+            init_l0: 0.0,
+            decoder_bias_init: DecoderBiasInit::Mean,
+            pre_bias: true,
+            dead_window: Count(300_000),
+            log_every: 50,
+            checkpoint_every: 1000,
+            checkpoint_minutes: 5.0,
+        }
+    }
+}
+
+impl TrainConfig {
+    /// Steps of the whole run.
+    #[must_use]
+    pub fn total_steps(&self) -> u64 {
+        self.steps.map_or_else(|| self.tokens.0 / self.batch.max(1) as u64, |steps| steps.0)
+    }
+
+    /// The mean L0 that quantile thresholds start at.
+    #[must_use]
+    pub fn initial_l0(&self) -> f64 {
+        #[expect(clippy::cast_precision_loss, reason = "widths are far below 2^53")]
+        let width = self.width as f64;
+        let l0 =
+            if self.init_l0 > 0.0 { self.init_l0 } else { self.target_l0.map_or(width / 64.0, |t| 2.0 * t) };
+        l0.clamp(0.5, width / 2.0)
+    }
+
+    /// Checks what types cannot say, key by key and across keys.
+    ///
+    /// # Errors
+    /// Names the key, its value and what is allowed.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        let positive: [(&'static str, f64); 4] = [
+            ("lr", self.lr),
+            ("threshold_lr", self.threshold_lr),
+            ("bandwidth", self.bandwidth),
+            ("target_weight", self.target_weight),
+        ];
+        for (key, value) in positive {
+            if !(value.is_finite() && value > 0.0) {
+                return Err(ConfigError::value(key, value, "a positive number"));
+            }
+        }
+        if self.width == 0 || u32::try_from(self.width).is_err() {
+            return Err(ConfigError::value("width", self.width, "at least 1 and below 2^32"));
+        }
+        if !(1..1 << 24).contains(&self.batch) {
+            return Err(ConfigError::value("batch", self.batch, "from 1 to 2^24"));
+        }
+        if self.total_steps() == 0 {
+            return Err(ConfigError::value("tokens", self.tokens, "at least one batch"));
+        }
+        if !(0.0..=1.0).contains(&self.lr_decay_share) {
+            return Err(ConfigError::value("lr_decay_share", self.lr_decay_share, "from 0 to 1"));
+        }
+        if self.log_every == 0 || self.checkpoint_every == 0 {
+            return Err(ConfigError::value("log_every and checkpoint_every", 0, "at least 1"));
+        }
+        if !(self.checkpoint_minutes.is_finite() && self.checkpoint_minutes > 0.0) {
+            return Err(ConfigError::value(
+                "checkpoint_minutes",
+                self.checkpoint_minutes,
+                "a positive number",
+            ));
+        }
+        if let ThresholdInit::Value(value) = self.threshold_init
+            && !(value.is_finite() && value > 0.0)
+        {
+            return Err(ConfigError::value("threshold_init", value, "a positive number or \"quantile\""));
+        }
+        #[expect(clippy::cast_precision_loss, reason = "widths are far below 2^53")]
+        let width = self.width as f64;
+        match (self.target_l0, self.lambda) {
+            (Some(target), None) if target > 0.0 && target < width => Ok(()),
+            (Some(target), None) => {
+                Err(ConfigError::value("target_l0", target, "above 0 and below the width"))
+            }
+            (None, Some(lambda)) if lambda.is_finite() && lambda >= 0.0 => Ok(()),
+            (None, Some(lambda)) => Err(ConfigError::value("lambda", lambda, "a number of at least 0")),
+            (None, None) => Err(ConfigError::value("target_l0", "missing", "a target L0, or else a lambda")),
+            (Some(_), Some(lambda)) => {
+                Err(ConfigError::value("lambda", lambda, "no lambda beside a target_l0"))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Override, resolve, to_toml};
+
+    fn from(text: &str) -> Result<TrainConfig, ConfigError> {
+        let config: TrainConfig = resolve(text, &[])?;
+        config.check().map(|()| config)
+    }
+
+    #[test]
+    fn resolved_configs_are_read_back_the_same() {
+        for text in
+            ["target_l0 = 40", "lambda = 6e-4\nthreshold_init = 0.001\nsteps = '2k'\ntap = 'resid.14'"]
+        {
+            let config = from(text).unwrap();
+            assert_eq!(from(&to_toml(&config).unwrap()).unwrap(), config);
+        }
+        let quantile =
+            from("target_l0 = 40\nthreshold_init = 'quantile'\ntokens = '1M'\nbatch = 1000").unwrap();
+        assert_eq!((quantile.total_steps(), quantile.initial_l0()), (1000, 80.0));
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused_by_name() {
+        for (text, key) in [
+            ("", "target_l0"),
+            ("target_l0 = 40\nlambda = 1.0", "lambda"),
+            ("target_l0 = 5000", "target_l0"),
+            ("target_l0 = 40\nlr = 0.0", "lr"),
+            ("target_l0 = 40\nbandwidth = nan", "bandwidth"),
+            ("target_l0 = 40\nbatch = 0", "batch"),
+            ("target_l0 = 40\ntokens = 10", "tokens"),
+            ("target_l0 = 40\nthreshold_init = -1.0", "threshold_init"),
+            ("target_l0 = 40\nlr_decay_share = 2.0", "lr_decay_share"),
+            ("target_l0 = 40\nwith = 3", "with"),
+            ("target_l0 = 40\nthreshold_init = 'median'", "threshold_init"),
+        ] {
+            let error = from(text).unwrap_err().to_string();
+            assert!(error.contains(key), "{text}: {error}");
+        }
+        let set = [Override::parse("target_l0=40").unwrap(), Override::parse("width=64").unwrap()];
+        assert_eq!(resolve::<TrainConfig>("width = 8", &set).unwrap().width, 64);
+    }
+}
