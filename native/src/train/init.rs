@@ -6,8 +6,8 @@ use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use shared::config::train::{DecoderBiasInit, ThresholdInit, TrainConfig};
 
+use super::normalise::Normalisation;
 use super::params::Params;
-use super::source::ActivationSource;
 use crate::cpu::gemm::{Matrix, product};
 
 /// Rows that quantile thresholds are taken from.
@@ -24,8 +24,8 @@ const BLOCK: usize = 32;
 ///
 /// # Errors
 /// If the sample does not consist of whole rows.
-pub fn params(config: &TrainConfig, source: &dyn ActivationSource, sample: &[f32]) -> Result<Params> {
-    let (n, d) = (config.width, source.width());
+pub fn params(config: &TrainConfig, normalisation: &Normalisation, sample: &[f32]) -> Result<Params> {
+    let (n, d) = (config.width, normalisation.mean.len());
     let mut rng = ChaCha8Rng::seed_from_u64(config.seed);
     #[expect(clippy::cast_precision_loss, reason = "widths are far below 2^24")]
     let bound = (6.0 / d as f32).sqrt();
@@ -38,7 +38,7 @@ pub fn params(config: &TrainConfig, source: &dyn ActivationSource, sample: &[f32
     let b_dec = match config.decoder_bias_init {
         DecoderBiasInit::Zero => vec![0.0; d],
         DecoderBiasInit::Mean => {
-            source.mean().iter().map(|&m| (f64::from(m) / source.scale()) as f32).collect()
+            normalisation.mean.iter().map(|m| (m / normalisation.scale) as f32).collect()
         }
     };
     let mut params = Params {

@@ -1,8 +1,8 @@
 //! Training JumpReLU autoencoders on the CPU from a store of activations.
 //!
 //! [`run`] is the loop; [`step`] the forward and backward pass, sparse after the encoder product; [`params`],
-//! [`adam`], [`init`] and [`schedule`] are what a step changes and by how much; [`source`] and [`order`] say
-//! which vectors come when; [`guard`] keeps bad batches out; [`checkpoint`] and [`log`] are what a run leaves
+//! [`adam`], [`init`] and [`schedule`] are what a step changes and by how much; [`source`], [`normalise`] and
+//! [`order`] say which vectors come when; [`guard`] keeps bad batches out; [`checkpoint`] and [`log`] are what a run leaves
 //! on disk. The maths is defined, and judged, by [`shared::loss`].
 
 pub mod adam;
@@ -11,6 +11,7 @@ mod encode;
 pub mod guard;
 pub mod init;
 pub mod log;
+pub mod normalise;
 pub mod order;
 pub mod params;
 pub mod run;

@@ -9,6 +9,7 @@ use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
+use super::normalise::Normalisation;
 use super::source::ActivationSource;
 
 /// Where the next row comes from.
@@ -26,6 +27,7 @@ pub struct Position {
 /// Endless batches of normalised rows from a source, in a seeded order, from any position.
 pub struct Batches<'a> {
     source: &'a dyn ActivationSource,
+    normalisation: &'a Normalisation,
     seed: u64,
     position: Position,
     /// Vectors of the current shard and the order of its rows, once loaded.
@@ -35,8 +37,13 @@ pub struct Batches<'a> {
 impl<'a> Batches<'a> {
     /// Starts at `position`.
     #[must_use]
-    pub fn new(source: &'a dyn ActivationSource, seed: u64, position: Position) -> Self {
-        Self { source, seed, position, loaded: None }
+    pub fn new(
+        source: &'a dyn ActivationSource,
+        normalisation: &'a Normalisation,
+        seed: u64,
+        position: Position,
+    ) -> Self {
+        Self { source, normalisation, seed, position, loaded: None }
     }
 
     /// The position after the last batch.
@@ -45,15 +52,16 @@ impl<'a> Batches<'a> {
         self.position
     }
 
-    /// Fills `out` with `n_rows` rows divided by the source's scalar C.
+    /// Fills `out` with `n_rows` rows divided by the scalar C; outliers are passed over.
     ///
     /// # Errors
     /// If a shard cannot be read or holds no rows.
     pub fn fill(&mut self, n_rows: usize, out: &mut Vec<f32>) -> Result<()> {
         let width = self.source.width();
         #[expect(clippy::cast_possible_truncation, reason = "activations are f32")]
-        let inverse = (1.0 / self.source.scale()) as f32;
+        let inverse = (1.0 / self.normalisation.scale) as f32;
         out.clear();
+        let mut empty_shards = 0;
         while out.len() < n_rows * width {
             let (vectors, rows) = match self.loaded.take() {
                 Some(loaded) => loaded,
@@ -66,6 +74,8 @@ impl<'a> Batches<'a> {
                 out.extend(vectors[start..start + width].iter().map(|v| v * inverse));
             }
             self.position.row = end;
+            empty_shards = if rows.is_empty() { empty_shards + 1 } else { 0 };
+            ensure!(empty_shards <= self.source.n_shards(), "no shard holds a vector that can be trained on");
             if end < rows.len() {
                 self.loaded = Some((vectors, rows));
             } else {
@@ -94,7 +104,12 @@ impl<'a> Batches<'a> {
             !vectors.is_empty() && vectors.len().is_multiple_of(width),
             "shard {shard} holds no whole rows"
         );
-        let mut rows: Vec<u32> = (0..u32::try_from(vectors.len() / width)?).collect();
+        let n_rows = u32::try_from(vectors.len() / width)?;
+        let mut rows: Vec<u32> = (0..n_rows)
+            .zip(vectors.chunks_exact(width))
+            .filter(|(_, vector)| self.normalisation.keeps(vector))
+            .map(|(row, _)| row)
+            .collect();
         rows.shuffle(&mut self.rng(shard as u64));
         Ok((vectors, rows))
     }
@@ -148,6 +163,10 @@ mod tests {
         }
     }
 
+    fn plain() -> Normalisation {
+        Normalisation { scale: 0.5, mean: vec![0.0; 2], limit: f64::INFINITY }
+    }
+
     fn rows(batches: &mut Batches<'_>, n: usize) -> Vec<f32> {
         let mut out = Vec::new();
         batches.fill(n, &mut out).unwrap();
@@ -156,8 +175,8 @@ mod tests {
 
     #[test]
     fn every_epoch_holds_every_row_once_in_another_order() {
-        let source = Three(Value::Null);
-        let mut batches = Batches::new(&source, 1, Position::default());
+        let (source, plain) = (Three(Value::Null), plain());
+        let mut batches = Batches::new(&source, &plain, 1, Position::default());
         let (first, second) = (rows(&mut batches, 12), rows(&mut batches, 12));
         assert_ne!(first, second);
         for mut epoch in [first, second] {
@@ -165,20 +184,37 @@ mod tests {
             assert_eq!(epoch, [0.0, 1.0, 2.0, 3.0, 10.0, 11.0, 12.0, 20.0, 21.0, 22.0, 23.0, 24.0]);
         }
         assert_eq!(batches.position(), Position { epoch: 2, shard: 0, row: 0 });
-        assert_ne!(rows(&mut Batches::new(&source, 2, Position::default()), 12), {
-            rows(&mut Batches::new(&source, 1, Position::default()), 12)
+        assert_ne!(rows(&mut Batches::new(&source, &plain, 2, Position::default()), 12), {
+            rows(&mut Batches::new(&source, &plain, 1, Position::default()), 12)
         });
     }
 
     #[test]
-    fn any_position_can_be_resumed() {
+    fn outliers_are_passed_over() {
         let source = Three(Value::Null);
-        let mut whole = Batches::new(&source, 7, Position::default());
+        let some = Normalisation { limit: 15.0, ..plain() };
+        let mut epoch = rows(&mut Batches::new(&source, &some, 1, Position::default()), 5);
+        epoch.sort_by(f32::total_cmp);
+        assert_eq!(epoch, [0.0, 1.0, 2.0, 3.0, 10.0]);
+        let none = Normalisation { limit: -1.0, ..plain() };
+        assert!(Batches::new(&source, &none, 1, Position::default()).fill(1, &mut Vec::new()).is_err());
+
+        // The first shard has norms 0, 1, 2, 3 times √2; the upper median is 2.
+        let measured = Normalisation::measure(&source, 1.25).unwrap();
+        assert!((measured.limit - 2.5 * 2f64.sqrt()).abs() < 1e-9);
+        assert_eq!(measured.mean, [1.0, 1.0]);
+        assert!((measured.scale - (10.0f64 / 3.0).sqrt()).abs() < 1e-9);
+    }
+
+    #[test]
+    fn any_position_can_be_resumed() {
+        let (source, plain) = (Three(Value::Null), plain());
+        let mut whole = Batches::new(&source, &plain, 7, Position::default());
         let all = rows(&mut whole, 40);
         let mut done = 0;
         let mut position = Position::default();
         for n in [1, 5, 2, 9, 11, 12] {
-            let mut part = Batches::new(&source, 7, position);
+            let mut part = Batches::new(&source, &plain, 7, position);
             assert_eq!(rows(&mut part, n), all[done..done + n]);
             (done, position) = (done + n, part.position());
         }

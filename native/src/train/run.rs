@@ -17,6 +17,7 @@ use super::checkpoint::{self, State};
 use super::guard::Guard;
 use super::init;
 use super::log::{Line, Log};
+use super::normalise::Normalisation;
 use super::order::{Batches, Position};
 use super::schedule::settings;
 use super::source::ActivationSource;
@@ -61,6 +62,8 @@ struct RunFile {
     data: Value,
     /// The scalar C that was folded into the weights.
     scale: f64,
+    /// Raw vectors longer than this were not trained on.
+    max_input_norm: Option<f64>,
     metrics: Summary,
 }
 
@@ -81,7 +84,8 @@ pub fn run(
         tracing::info!("{} is already trained with this configuration and data", out.display());
         return Ok(summary);
     }
-    let mut run = Run::start(source, config, out, identity)?;
+    let normalisation = Normalisation::measure(source, config.max_norm)?;
+    let mut run = Run::start(source, &normalisation, config, out, identity)?;
     write_bytes(&out.join("config.toml"), to_toml(config)?.as_bytes())?;
     run.train(stop)?;
     run.finish()
@@ -104,13 +108,12 @@ fn finished(out: &Path, identity: &Value) -> Result<Option<Summary>> {
 
 struct Run<'a> {
     source: &'a dyn ActivationSource,
+    normalisation: &'a Normalisation,
     config: &'a TrainConfig,
     out: PathBuf,
     identity: Value,
     state: State,
     log: Log,
-    /// Variance of the normalised training data.
-    variance: f64,
     started: Instant,
     first_step: u64,
 }
@@ -118,6 +121,7 @@ struct Run<'a> {
 impl<'a> Run<'a> {
     fn start(
         source: &'a dyn ActivationSource,
+        normalisation: &'a Normalisation,
         config: &'a TrainConfig,
         out: &Path,
         identity: Value,
@@ -130,23 +134,20 @@ impl<'a> Run<'a> {
             None => {
                 let mut sample = Vec::new();
                 let rows = usize::try_from(source.n_vectors())?.min(init::SAMPLE_ROWS);
-                Batches::new(source, config.seed, Position::default()).fill(rows, &mut sample)?;
+                Batches::new(source, normalisation, config.seed, Position::default())
+                    .fill(rows, &mut sample)?;
                 State {
-                    trainer: Trainer::new(init::params(config, source, &sample)?),
+                    trainer: Trainer::new(init::params(config, normalisation, &sample)?),
                     position: Position::default(),
                     guard: Guard::default(),
                     dead: Dead::new(config.width),
                 }
             }
         };
-        // E‖x‖² = 1 by the choice of C, so the variance is what the mean leaves of it.
-        let scale = source.scale();
-        let variance = 1.0 - source.mean().iter().map(|&m| (f64::from(m) / scale).powi(2)).sum::<f64>();
         let log = Log::open(&out.join("log.jsonl"), state.trainer.step)?;
         let first_step = state.trainer.step;
-        let variance = variance.max(f64::MIN_POSITIVE);
-        let out = out.to_owned();
-        Ok(Self { source, config, out, identity, state, log, variance, started: Instant::now(), first_step })
+        let (out, started) = (out.to_owned(), Instant::now());
+        Ok(Self { source, normalisation, config, out, identity, state, log, started, first_step })
     }
 
     fn train(&mut self, stop: &StopFlag) -> Result<()> {
@@ -154,7 +155,8 @@ impl<'a> Run<'a> {
         let bar = progress::bar(total * self.config.batch as u64, "train", "tokens");
         bar.set_position(self.state.trainer.step * self.config.batch as u64);
         bar.reset_eta();
-        let mut batches = Batches::new(self.source, self.config.seed, self.state.position);
+        let mut batches =
+            Batches::new(self.source, self.normalisation, self.config.seed, self.state.position);
         let (mut x, mut interval) = (Vec::new(), Interval::new(self.state.trainer.step));
         let mut saved = Instant::now();
         while self.state.trainer.step < total {
@@ -190,7 +192,14 @@ impl<'a> Run<'a> {
     fn write_line(&mut self, interval: &mut Interval, settings: &Settings, bar: &ProgressBar) -> Result<()> {
         let State { trainer, guard, dead, .. } = &self.state;
         if interval.n_steps > 0 {
-            let line = interval.line(self.variance, settings, dead, self.config, guard.skipped, trainer.step);
+            let line = interval.line(
+                self.normalisation.variance(),
+                settings,
+                dead,
+                self.config,
+                guard.skipped,
+                trainer.step,
+            );
             bar.set_message(format!(
                 "L0 {:.1} · FVU {:.3} · dead {:.1} %",
                 line.l0,
@@ -199,7 +208,6 @@ impl<'a> Run<'a> {
             ));
             self.log.write(&line)?;
         }
-        // The log interval may be cut by a resume; starting at fixed steps keeps its lines the same.
         *interval = Interval::new(trainer.step);
         Ok(())
     }
@@ -209,7 +217,7 @@ impl<'a> Run<'a> {
         let batch = self.config.batch as u64;
         let State { trainer, guard, dead, .. } = &self.state;
         let (l0, fvu) = self.last_tenth()?;
-        let sae = trainer.params.release(self.source.scale())?;
+        let sae = trainer.params.release(self.normalisation.scale)?;
         let (held_out_l0, held_out_fvu) = self.held_out()?;
         #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^53")]
         let metrics = Summary {
@@ -225,6 +233,7 @@ impl<'a> Run<'a> {
         };
         let mut metadata = self.source.metadata();
         metadata.provenance.insert("training".to_owned(), json!(self.config));
+        metadata.provenance.insert("max_input_norm".to_owned(), json!(self.max_input_norm()));
         metadata.provenance.insert("data".to_owned(), self.source.provenance().clone());
         write_sae(&self.out, SaeFormat::SaeLens, &SaeFile { sae, metadata })?;
         checkpoint::save(&self.out, &self.state, &self.identity)?;
@@ -233,12 +242,17 @@ impl<'a> Run<'a> {
             identity: self.identity.clone(),
             config: self.config.clone(),
             data: self.source.provenance().clone(),
-            scale: self.source.scale(),
+            scale: self.normalisation.scale,
+            max_input_norm: self.max_input_norm(),
             metrics: metrics.clone(),
         };
         // Last: its presence says that the run is finished.
         write_bytes(&self.out.join("run.json"), &serde_json::to_vec_pretty(&file)?)?;
         Ok(metrics)
+    }
+
+    fn max_input_norm(&self) -> Option<f64> {
+        Some(self.normalisation.limit).filter(|limit| limit.is_finite())
     }
 
     /// L0 and FVU over the log lines of the last tenth of the steps.
@@ -252,12 +266,14 @@ impl<'a> Run<'a> {
         Ok((last.iter().map(|l| l.l0).sum::<f64>() / n, last.iter().map(|l| l.fvu).sum::<f64>() / n))
     }
 
-    /// L0 and FVU on vectors that were never trained on.
+    /// L0 and FVU on vectors that were never trained on, outliers left out as in training.
     fn held_out(&self) -> Result<(Option<f64>, Option<f64>)> {
-        let (width, scale) = (self.source.width(), self.source.scale());
-        let mut vectors = self.source.held_out(HELD_OUT_ROWS)?;
+        let width = self.source.width();
         #[expect(clippy::cast_possible_truncation, reason = "activations are f32")]
-        vectors.iter_mut().for_each(|v| *v = (f64::from(*v) / scale) as f32);
+        let inverse = (1.0 / self.normalisation.scale) as f32;
+        let raw = self.source.held_out(HELD_OUT_ROWS)?;
+        let kept = raw.chunks_exact(width).filter(|row| self.normalisation.keeps(row));
+        let vectors: Vec<f32> = kept.flatten().map(|v| v * inverse).collect();
         let settings = settings(self.config, self.config.total_steps());
         let (mut l0, mut fvu) = (L0::new(), Fvu::new(width));
         for rows in vectors.chunks(1024 * width) {

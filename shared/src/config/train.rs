@@ -92,6 +92,9 @@ pub struct TrainConfig {
     pub decoder_bias_init: DecoderBiasInit,
     /// Whether the encoder reads `x − b_dec`.
     pub pre_bias: bool,
+    /// Vectors longer than this many times the median norm are not trained on (massive activations, see
+    /// `native::train::normalise`); 0 trains on all.
+    pub max_norm: f64,
     /// A latent counts as dead when it did not fire in this many tokens.
     pub dead_window: Count,
     /// Steps between two lines of the log.
@@ -109,7 +112,7 @@ impl Default for TrainConfig {
             width: 4096,
             target_l0: None,
             lambda: None,
-            target_weight: 1.0,
+            target_weight: 10.0,
             tokens: Count(6_000_000),
             steps: None,
             batch: 1024,
@@ -125,6 +128,7 @@ impl Default for TrainConfig {
             init_l0: 0.0,
             decoder_bias_init: DecoderBiasInit::Mean,
             pre_bias: true,
+            max_norm: 10.0,
             dead_window: Count(300_000),
             log_every: 50,
             checkpoint_every: 1000,
@@ -187,6 +191,9 @@ impl TrainConfig {
                 self.checkpoint_minutes,
                 "a positive number",
             ));
+        }
+        if !(self.max_norm == 0.0 || (self.max_norm.is_finite() && self.max_norm >= 1.0)) {
+            return Err(ConfigError::value("max_norm", self.max_norm, "0 or at least 1"));
         }
         if let ThresholdInit::Value(value) = self.threshold_init
             && !(value.is_finite() && value > 0.0)
