@@ -1,0 +1,115 @@
+//! `stratascope train` killed at any point and run again ends with the weights of an uninterrupted run.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+
+/// The binary under test: cargo builds it beside this test's own folder.
+fn binary() -> PathBuf {
+    let folder = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().to_owned();
+    let path = folder.join(format!("stratascope{}", std::env::consts::EXE_SUFFIX));
+    assert!(path.exists(), "build it first: cargo build -p native ({})", path.display());
+    path
+}
+
+/// Sparse sums of 24 directions in 16 dimensions, with some noise, and one vector a thousand times as long.
+fn write_vectors(path: &Path) {
+    let mut state = 5u64;
+    let mut uniform = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1u32 << 24) as f32
+    };
+    let directions: Vec<f32> = (0..24 * 16).map(|_| uniform() - 0.5).collect();
+    let mut x = Vec::new();
+    for row in 0..3000 {
+        let mut v: Vec<f32> = (0..16).map(|_| 0.02 * (uniform() - 0.5)).collect();
+        for direction in directions.chunks_exact(16) {
+            let weight = if uniform() < 0.1 { 0.5 + uniform() } else { 0.0 };
+            v.iter_mut().zip(direction).for_each(|(v, d)| *v += weight * d);
+        }
+        let size = if row == 1234 { 1000.0 } else { 1.0 };
+        x.extend(v.into_iter().map(|v| v * size));
+    }
+    let bytes: Vec<u8> = x.iter().flat_map(|v| v.to_le_bytes()).collect();
+    let held: Vec<u8> = x[..500 * 16].iter().flat_map(|v| v.to_le_bytes()).collect();
+    let views = HashMap::from([
+        ("x", TensorView::new(Dtype::F32, vec![3000, 16], &bytes).unwrap()),
+        ("held_out", TensorView::new(Dtype::F32, vec![500, 16], &held).unwrap()),
+    ]);
+    fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
+}
+
+fn train(vectors: &Path, out: &Path, extra: &[&str]) -> Command {
+    let mut command = Command::new(binary());
+    command.arg("train").arg("--vectors").arg(vectors).arg("--out").arg(out);
+    command.args([
+        "--width",
+        "64",
+        "--target-l0",
+        "4",
+        "--steps",
+        "1200",
+        "--batch",
+        "128",
+        "--seed",
+        "3",
+        "--json",
+    ]);
+    command.args(["--set", "checkpoint_every=37", "--set", "log_every=50"]).args(extra);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+#[test]
+fn killed_anywhere_ends_with_the_same_weights() {
+    let folder = tempfile::tempdir().unwrap();
+    let vectors = folder.path().join("x.safetensors");
+    write_vectors(&vectors);
+    let (whole, killed) = (folder.path().join("whole"), folder.path().join("killed"));
+
+    let started = Instant::now();
+    let output = train(&vectors, &whole, &[]).output().unwrap();
+    let duration = started.elapsed();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let summary: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let l0 = summary["l0"].as_f64().unwrap();
+    assert!((l0 / 4.0 - 1.0).abs() < 0.1, "asked for an L0 of 4, got {summary}");
+    assert!(summary["held_out_fvu"].as_f64().unwrap() < 0.5, "{summary}");
+
+    let mut kills = 0;
+    for share in [0.25, 0.1, 0.4, 0.2, 0.3] {
+        let mut child = train(&vectors, &killed, &[]).spawn().unwrap();
+        std::thread::sleep(Duration::from_secs_f64(duration.as_secs_f64() * share));
+        kills += u32::from(child.try_wait().unwrap().is_none());
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    assert!(kills >= 2, "the run was over before it could be killed");
+    let output = train(&vectors, &killed, &[]).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    for file in ["sae_weights.safetensors", "cfg.json"] {
+        let (want, got) = (fs::read(whole.join(file)).unwrap(), fs::read(killed.join(file)).unwrap());
+        assert!(want == got, "{file} differs after {kills} kills");
+    }
+    let steps = |out: &Path| -> Vec<u64> {
+        let text = fs::read_to_string(out.join("log.jsonl")).unwrap();
+        text.lines()
+            .map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap()["step"].as_u64().unwrap())
+            .collect()
+    };
+    assert_eq!(steps(&whole), steps(&killed));
+    assert_eq!(steps(&whole), (1..=24).map(|k| k * 50).collect::<Vec<_>>());
+
+    // Finished: said so at once. Another configuration in the same folder: refused, nothing touched.
+    let again = train(&vectors, &whole, &[]).output().unwrap();
+    assert!(again.status.success());
+    assert_eq!(serde_json::from_slice::<serde_json::Value>(&again.stdout).unwrap(), summary);
+    let other = train(&vectors, &whole, &["--set", "lr=1e-5"]).output().unwrap();
+    assert!(!other.status.success());
+    assert!(String::from_utf8_lossy(&other.stderr).contains("another"));
+}
