@@ -37,6 +37,7 @@ pub(crate) fn tanh(x: f32) -> f32 {
     p = p * square + 1.333_144_2e-1;
     p = p * square - 3.333_328_2e-1;
     let small = p * square * x + x;
-    let large = 1.0 - 2.0 / (exp(2.0 * size.min(20.0)) + 1.0);
+    // `exp` saturates, so large sizes give exactly 1; a NaN stays one.
+    let large = 1.0 - 2.0 / (exp(2.0 * size) + 1.0);
     if size < 0.625 { small } else { large.copysign(x) }
 }
