@@ -133,18 +133,20 @@ pub(super) fn manifest(
     let (sae, store) = (&source.file.sae, source.store.manifest());
     let (model, spec) = (&source.model.provenance, source.model.model.spec());
     let dims = sae.dims();
+    // A harvest opens files until it has enough tokens; those it took nothing from are not the corpus.
+    let text: Vec<_> = store.text.iter().filter(|file| file.documents > 0).collect();
     let provenance = serde_json::json!({
         "writer": concat!("stratascope ", env!("CARGO_PKG_VERSION")),
         "model": model,
         "autoencoder": source.file.metadata,
-        "text": store.text,
+        "text": text,
         "dropped": store.dropped,
         "options": options,
         "evaluation": source.eval,
     });
     let default_name = || slug(&format!("{}-{}-{}-{}", model.name, point.site, point.layer, dims.n_latents));
     let default_title = || format!("{}, {point}, {} latents", model.name, dims.n_latents);
-    let corpus = || match &store.text[..] {
+    let corpus = || match &text[..] {
         [] => "unknown text".to_owned(),
         [only] => only.name.clone(),
         [first, rest @ ..] => format!("{} and {} more files", first.name, rest.len()),
