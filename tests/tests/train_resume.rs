@@ -2,19 +2,30 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use native::stop::StopFlag;
+use native::train::{VectorsFile, run};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
+use shared::config::resolve;
 
-/// The binary under test: cargo builds it beside this test's own folder.
-fn binary() -> PathBuf {
-    let folder = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().to_owned();
-    let path = folder.join(format!("stratascope{}", std::env::consts::EXE_SUFFIX));
-    assert!(path.exists(), "build it first: cargo build -p native ({})", path.display());
-    path
+const CONFIG: &str = "STRATASCOPE_TEST_TRAIN_CONFIG";
+const VECTORS: &str = "STRATASCOPE_TEST_TRAIN_VECTORS";
+const OUT: &str = "STRATASCOPE_TEST_TRAIN_OUT";
+
+/// The killed process: one run, as the command does it. Does nothing when run among the other tests.
+#[test]
+fn train_in_this_process() {
+    let (Ok(text), Ok(vectors), Ok(out)) =
+        (std::env::var(CONFIG), std::env::var(VECTORS), std::env::var(OUT))
+    else {
+        return;
+    };
+    let source = VectorsFile::open(Path::new(&vectors)).unwrap();
+    run(&source, &resolve(&text, "").unwrap(), Path::new(&out), &StopFlag::default()).unwrap();
 }
 
 /// Sparse sums of 24 directions in 16 dimensions, with some noise, and one vector a thousand times as long.
@@ -44,25 +55,19 @@ fn write_vectors(path: &Path) {
     fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
 }
 
-fn train(vectors: &Path, out: &Path, extra: &[&str]) -> Command {
-    let mut command = Command::new(binary());
-    command.arg("train").arg("--vectors").arg(vectors).arg("--out").arg(out);
-    command.args([
-        "--width",
-        "64",
-        "--target-l0",
-        "4",
-        "--steps",
-        "1200",
-        "--batch",
-        "128",
-        "--seed",
-        "3",
-        "--json",
-    ]);
-    command.args(["--set", "checkpoint_every=37", "--set", "log_every=50"]).args(extra);
-    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+const KEYS: &str = "width = 64\ntarget_l0 = 4.0\nsteps = 1200\nbatch = 128\nseed = 3\ncheckpoint_every = 37\nlog_every = 50\n";
+
+fn train(vectors: &Path, out: &Path, more: &str) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "train_in_this_process"]);
+    command.env(CONFIG, KEYS.to_owned() + more).env(VECTORS, vectors).env(OUT, out);
+    command.stdout(Stdio::piped()).stderr(Stdio::null());
     command
+}
+
+fn summary(out: &Path) -> serde_json::Value {
+    let file: serde_json::Value = serde_json::from_slice(&fs::read(out.join("run.json")).unwrap()).unwrap();
+    file["metrics"].clone()
 }
 
 #[test]
@@ -73,25 +78,25 @@ fn killed_anywhere_ends_with_the_same_weights() {
     let (whole, killed) = (folder.path().join("whole"), folder.path().join("killed"));
 
     let started = Instant::now();
-    let output = train(&vectors, &whole, &[]).output().unwrap();
+    let output = train(&vectors, &whole, "").output().unwrap();
     let duration = started.elapsed();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let summary: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-    let l0 = summary["l0"].as_f64().unwrap();
-    assert!((l0 / 4.0 - 1.0).abs() < 0.1, "asked for an L0 of 4, got {summary}");
-    assert!(summary["held_out_fvu"].as_f64().unwrap() < 0.5, "{summary}");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    let summary_of_whole = summary(&whole);
+    let l0 = summary_of_whole["l0"].as_f64().unwrap();
+    assert!((l0 / 4.0 - 1.0).abs() < 0.1, "asked for an L0 of 4, got {summary_of_whole}");
+    assert!(summary_of_whole["held_out_fvu"].as_f64().unwrap() < 0.5, "{summary_of_whole}");
 
     let mut kills = 0;
     for share in [0.25, 0.1, 0.4, 0.2, 0.3] {
-        let mut child = train(&vectors, &killed, &[]).spawn().unwrap();
+        let mut child = train(&vectors, &killed, "").spawn().unwrap();
         std::thread::sleep(Duration::from_secs_f64(duration.as_secs_f64() * share));
         kills += u32::from(child.try_wait().unwrap().is_none());
         child.kill().unwrap();
         child.wait().unwrap();
     }
     assert!(kills >= 2, "the run was over before it could be killed");
-    let output = train(&vectors, &killed, &[]).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let output = train(&vectors, &killed, "").output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
     for file in ["sae_weights.safetensors", "cfg.json"] {
         let (want, got) = (fs::read(whole.join(file)).unwrap(), fs::read(killed.join(file)).unwrap());
         assert!(want == got, "{file} differs after {kills} kills");
@@ -106,10 +111,10 @@ fn killed_anywhere_ends_with_the_same_weights() {
     assert_eq!(steps(&whole), (1..=24).map(|k| k * 50).collect::<Vec<_>>());
 
     // Finished: said so at once. Another configuration in the same folder: refused, nothing touched.
-    let again = train(&vectors, &whole, &[]).output().unwrap();
+    let again = train(&vectors, &whole, "").output().unwrap();
     assert!(again.status.success());
-    assert_eq!(serde_json::from_slice::<serde_json::Value>(&again.stdout).unwrap(), summary);
-    let other = train(&vectors, &whole, &["--set", "lr=1e-5"]).output().unwrap();
+    assert_eq!(summary(&whole), summary_of_whole);
+    let other = train(&vectors, &whole, "lr = 1e-5").output().unwrap();
     assert!(!other.status.success());
-    assert!(String::from_utf8_lossy(&other.stderr).contains("another"));
+    assert!(String::from_utf8_lossy(&other.stdout).contains("another"));
 }

@@ -71,7 +71,9 @@ pub struct TrainConfig {
     /// Learning rate of weights and biases.
     pub lr: f64,
     /// Learning rate of the threshold parameter. Under Adam a log θ moves by about this much a step, so a run
-    /// of a few thousand steps needs it well above `lr` for θ to move by more than a few per cent.
+    /// of a few thousand steps needs it well above `lr` for θ to move by more than a few per cent. Measured on
+    /// resid.14 of SmolLM2-135M at width 4096, L0* = 40: with 2e-3 (and lr 8e-4, ε 0.03) L0 sank to 25 while the
+    /// random dictionary settled and was 27 after 300 steps, with 1e-2 (ε 0.05) it was within 5 % by step 250.
     pub threshold_lr: f64,
     /// Steps of the cosine warm-up of both learning rates, from a tenth.
     pub lr_warmup_steps: u64,
@@ -117,12 +119,12 @@ impl Default for TrainConfig {
             steps: None,
             batch: 1024,
             seed: 0,
-            lr: 4e-4,
-            threshold_lr: 2e-3,
-            lr_warmup_steps: 200,
+            lr: 8e-4,
+            threshold_lr: 1e-2,
+            lr_warmup_steps: 100,
             lr_decay_share: 0.3,
             sparsity_warmup_steps: 0,
-            bandwidth: 0.03,
+            bandwidth: 0.05,
             parametrisation: Parametrisation::Log,
             threshold_init: ThresholdInit::FromData(FromData::Quantile),
             init_l0: 0.0,
