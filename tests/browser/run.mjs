@@ -90,7 +90,7 @@ async function flows(page, mode) {
   await tryIt(page, mode, query);
   await tally.check(`${mode}: the conformance suite passes inside the page`, async () => {
     await go(page, `#/selftest${query}`);
-    await page.waitForSelector("[data-selftest=done]", { timeout: 120_000 });
+    await page.waitForSelector("[data-selftest=done]", { timeout: 300_000 });
     const rows = await page.$$eval("[data-verdict]", (rows) => rows.map((r) => [r.dataset.backend, r.dataset.verdict]));
     assert.deepEqual(Object.fromEntries(rows), mode === "gpu" ? { cpu: "passed", gpu: "passed" } : { cpu: "passed", gpu: "absent" });
   });
@@ -99,6 +99,7 @@ async function flows(page, mode) {
 async function keyboard(page, mode) {
   await tally.check(`${mode}: the keyboard goes everywhere`, async () => {
     await go(page, `#/p/${pack}/f/1`);
+    await page.reload(); // forgets the list that was searched, whose order j and k would follow
     await page.waitForSelector(".feature-grid");
     await page.keyboard.press("j");
     await waitHash(page, /\/f\/2$/);
@@ -266,6 +267,10 @@ async function offline(browser) {
     await go(page, "#/");
     await page.evaluate(() => navigator.serviceWorker.ready);
     await page.waitForFunction(() => navigator.serviceWorker.controller !== null);
+    await page.waitForFunction(async () => {
+      const kept = await (await caches.open("stratascope-1")).keys();
+      return ["/pack.json", "/packs/index.json", ".wasm"].every((end) => kept.some((r) => new URL(r.url).pathname.endsWith(end)));
+    });
     for (const [route, ready] of [ROUTES.overview, ROUTES.list, ROUTES.feature, ROUTES.try]) {
       await go(page, route);
       await page.waitForSelector(ready);

@@ -1,8 +1,10 @@
 //! Finding a graphics device, and saying in words why there is none.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use shared::ShapeError;
+
+use super::pipeline::Pipelines;
 
 /// What can go wrong on the WebGPU backend.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -50,6 +52,8 @@ pub struct Gpu {
     name: String,
     software: bool,
     lost: Arc<Mutex<Option<String>>>,
+    /// Compiled when first needed, then shared by every dictionary on the device.
+    pub(crate) pipelines: Arc<OnceLock<Pipelines>>,
 }
 
 impl Gpu {
@@ -94,7 +98,7 @@ impl Gpu {
         let lower = name.to_lowercase();
         let software = info.device_type == wgpu::DeviceType::Cpu
             || ["swiftshader", "llvmpipe", "lavapipe", "software"].iter().any(|s| lower.contains(s));
-        Ok(Self { device, queue, name, software, lost })
+        Ok(Self { device, queue, name, software, lost, pipelines: Arc::default() })
     }
 
     /// The adapter's name, as the browser tells it.

@@ -59,7 +59,7 @@ impl GpuBackend {
     /// # Errors
     /// If the device is lost, out of memory, or cannot hold a single encoder row in a binding.
     pub async fn new(gpu: Gpu, sae: Arc<Sae>, cut: Blocks) -> Result<Self, GpuError> {
-        let pipelines = Pipelines::new(&gpu).await?;
+        let pipelines = Pipelines::of(&gpu).await?;
         let Dims { d_in, d_out, n_latents } = sae.dims();
         let row_bytes = 16 * vec4s(d_in.max(d_out)) as u64;
         let limit = gpu.binding_limit();

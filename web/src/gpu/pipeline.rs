@@ -91,18 +91,23 @@ pub struct Pipelines {
 }
 
 impl Pipelines {
-    /// Compiles both shaders.
+    /// The pipelines of `gpu`, compiled at the first call.
     ///
     /// # Errors
     /// If the device refuses one; the message holds its reason.
-    pub async fn new(gpu: &Gpu) -> Result<Self, GpuError> {
-        gpu.checked(|| {
-            Ok(Self {
-                encode: compile(gpu, "encode", include_str!("../../../shaders/encode.wgsl")),
-                decode: compile(gpu, "decode", include_str!("../../../shaders/decode.wgsl")),
+    pub async fn of(gpu: &Gpu) -> Result<Self, GpuError> {
+        if let Some(compiled) = gpu.pipelines.get() {
+            return Ok(compiled.clone());
+        }
+        let compiled = gpu
+            .checked(|| {
+                Ok(Self {
+                    encode: compile(gpu, "encode", include_str!("../../../shaders/encode.wgsl")),
+                    decode: compile(gpu, "decode", include_str!("../../../shaders/decode.wgsl")),
+                })
             })
-        })
-        .await
+            .await?;
+        Ok(gpu.pipelines.get_or_init(|| compiled).clone())
     }
 }
 

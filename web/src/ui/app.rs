@@ -2,6 +2,8 @@
 
 use leptos::prelude::*;
 use leptos::task::spawn_local;
+use wasm_bindgen::JsCast;
+use wasm_bindgen::closure::Closure;
 
 use super::context::{Ctx, ctx};
 use super::{feature, keys, list, overview, selftest, try_it};
@@ -38,7 +40,6 @@ pub(super) fn App() -> impl IntoView {
             && let Some(main) = document().get_element_by_id("main")
         {
             window().scroll_to_with_x_and_y(0.0, 0.0);
-            use wasm_bindgen::JsCast;
             if let Ok(main) = main.dyn_into::<web_sys::HtmlElement>() {
                 let _ = main.focus();
             }
@@ -73,7 +74,6 @@ pub(super) fn App() -> impl IntoView {
 fn skip_to_main(event: leptos::ev::MouseEvent) {
     // The fragment of the address belongs to the router.
     event.prevent_default();
-    use wasm_bindgen::JsCast;
     if let Some(main) =
         document().get_element_by_id("main").and_then(|m| m.dyn_into::<web_sys::HtmlElement>().ok())
     {
@@ -205,9 +205,28 @@ fn restore_theme() {
 }
 
 /// Keeps what was visited for when there is no connection. Browsers allow it on secure origins only.
+///
+/// What the page fetched before its worker took over is fetched once more, through the worker.
 fn register_offline() {
-    if window().is_secure_context() {
-        // Without it everything works but a reload offline.
-        let _ = window().navigator().service_worker().register("./sw.js");
+    if !window().is_secure_context() {
+        return;
     }
+    let workers = window().navigator().service_worker();
+    if workers.controller().is_none() {
+        let again = Closure::once_into_js(|| {
+            let entries =
+                window().performance().map(|p| p.get_entries_by_type("resource")).unwrap_or_default();
+            for entry in entries.iter() {
+                if let Some(name) =
+                    js_sys::Reflect::get(&entry, &"name".into()).ok().and_then(|n| n.as_string())
+                {
+                    // Only to fill the cache; a failure changes nothing for the reader.
+                    let _ = window().fetch_with_str(&name);
+                }
+            }
+        });
+        let _ = workers.add_event_listener_with_callback("controllerchange", again.unchecked_ref());
+    }
+    // Without it everything works but a reload offline.
+    let _ = workers.register("./sw.js");
 }

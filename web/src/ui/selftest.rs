@@ -43,9 +43,8 @@ async fn on_gpu() -> Verdict {
         Err(error) => ("WebGPU".to_owned(), Err(error.to_string())),
         Ok(gpu) => {
             let name = format!("WebGPU, {}", gpu.name());
-            let report = suite::run(async |sae| {
-                GpuBackend::new(gpu.clone(), Arc::new(sae), Blocks::default()).await
-            });
+            let report =
+                suite::run(async |sae| GpuBackend::new(gpu.clone(), Arc::new(sae), Blocks::default()).await);
             (name, Ok(Arc::new(report.await)))
         }
     };
