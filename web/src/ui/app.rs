@@ -212,7 +212,8 @@ fn register_offline() {
         return;
     }
     let workers = window().navigator().service_worker();
-    if workers.controller().is_none() {
+    let controller = js_sys::Reflect::get(&workers, &"controller".into());
+    if controller.is_ok_and(|c| c.is_null()) {
         let again = Closure::once_into_js(|| {
             let entries =
                 window().performance().map(|p| p.get_entries_by_type("resource")).unwrap_or_default();

@@ -8,7 +8,7 @@ use leptos::task::spawn_local;
 use shared::cpu::ScalarBackend;
 
 use crate::backend;
-use crate::gpu::{Blocks, GpuBackend};
+use crate::gpu::{Blocks, GpuBackend, GpuError};
 use crate::state::figures;
 
 /// A backend and what the suite found.
@@ -40,6 +40,7 @@ async fn on_cpu() -> Verdict {
 async fn on_gpu() -> Verdict {
     let started = backend::now();
     let (name, report) = match backend::device().await {
+        Err(GpuError::NoAdapter(_)) => ("WebGPU".to_owned(), Err("the browser offers no adapter".to_owned())),
         Err(error) => ("WebGPU".to_owned(), Err(error.to_string())),
         Ok(gpu) => {
             let name = format!("WebGPU, {}", gpu.name());
