@@ -25,7 +25,7 @@ fn train_in_this_process() {
         return;
     };
     let source = VectorsFile::open(Path::new(&vectors)).unwrap();
-    run(&source, &resolve(&text, "").unwrap(), Path::new(&out), &StopFlag::default()).unwrap();
+    run(&source, &resolve(&text, &[]).unwrap(), Path::new(&out), &StopFlag::default()).unwrap();
 }
 
 /// Sparse sums of 24 directions in 16 dimensions, with some noise, and one vector a thousand times as long.
