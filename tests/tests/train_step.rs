@@ -34,14 +34,18 @@ fn start(parametrisation: Parametrisation, pre_bias: bool) -> Params {
         let norm = row.iter().map(|v| v * v).sum::<f32>().sqrt();
         row.iter_mut().for_each(|v| *v /= norm);
     }
-    let theta = |v: f32| parametrisation.parameter(f64::from(0.5 + 0.02 * v)) as f32;
+    // Every fourth latent is out of reach of most batches.
+    let theta = |(i, v): (usize, f32)| {
+        let base = if i % 4 == 0 { 0.9 } else { 0.5 };
+        parametrisation.parameter(f64::from(base + 0.02 * v)) as f32
+    };
     Params {
         d_in: D,
         w_enc: w_dec.clone(),
         b_enc: noise.vector(N_LATENTS, 0.02),
         w_dec,
         b_dec: noise.vector(D, 0.05),
-        threshold: noise.vector(N_LATENTS, 1.0).into_iter().map(theta).collect(),
+        threshold: noise.vector(N_LATENTS, 1.0).into_iter().enumerate().map(theta).collect(),
         parametrisation,
         pre_bias,
     }
@@ -174,7 +178,7 @@ fn twenty_steps_equal_the_dense_reference() {
         println!("worst loss error {worst_loss:.1e}, drifts {drifts:?}");
         assert!(worst_loss < 1e-5, "loss off by {worst_loss:e}");
         for (name, drift) in drifts {
-            assert!(drift < 2e-3, "{name} drifted by {drift:e}");
+            assert!(drift < 1e-4, "{name} drifted by {drift:e}");
         }
         let norms = p.w_dec.chunks_exact(D).map(|d| d.iter().map(|v| v * v).sum::<f32>().sqrt());
         assert!(norms.into_iter().all(|n| (n - 1.0).abs() < 1e-6));
