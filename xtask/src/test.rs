@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::demo::build_page;
 use crate::lock::Lock;
-use crate::places::{Places, on_path};
+use crate::places::{Places, executable, on_path};
 use crate::report::Report;
 use crate::run::{self, Program};
 use crate::setup::{self, Purpose, Tools};
@@ -114,12 +114,12 @@ impl Checks<'_> {
                 crate::places::remove_folder(folder)?;
             }
             fs::create_dir_all(&pack).with_context(|| format!("cannot create {}", pack.display()))?;
-            let cargo = || Program::cargo().current_dir(&places.root);
-            let fixture = ["run", "--quiet", "--package", "conformance", "--example", "fixture_pack", "--"];
-            cargo().args(fixture).arg(&pack).run().context("the synthetic pack could not be made")?;
-            let put =
-                ["run", "--quiet", "--package", "native", "--bin", "stratascope", "--", "site", "--web"];
-            let put = cargo().args(put).arg(&page).arg("--pack").arg(&pack).arg("--out").arg(&site);
+            // `cargo test` has built both: asking cargo for one package again would resolve other features of the
+            // dependencies and compile them a second time.
+            let fixture = places.binary("debug").with_file_name("examples").join(executable("fixture_pack"));
+            Program::new(&fixture).arg(&pack).run().context("the synthetic pack could not be made")?;
+            let put = Program::new(places.binary("debug")).args(["site", "--web"]).arg(&page);
+            let put = put.arg("--pack").arg(&pack).arg("--out").arg(&site);
             put.run().context("the site could not be put together")?;
             Ok(site.display().to_string())
         })?;

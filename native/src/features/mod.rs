@@ -18,7 +18,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use shared::metrics::Density;
 use shared::pack::{self, Decoder, Encoder, Index};
-use shared::tap::TapPoint;
+use shared::tap::{Site, TapPoint};
 use shared::{Rows, Sae};
 
 use crate::cpu::CpuBackend;
@@ -103,7 +103,11 @@ pub fn collect(
     writer.add(pack::DECODER, &Decoder::of(sae).write()?)?;
     let summaries: Vec<Summary> =
         (0..table.n_latents()).into_par_iter().map(|l| summarise(&table, l)).collect();
-    let logits = geometry::logits(sae, &source.model.model, pack::TOP_K)?;
+    // Heads write into the residual stream only through W_O, so their own directions have no direct logits.
+    let logits = match point.site {
+        Site::Attn => None,
+        Site::Embed | Site::Mlp | Site::Resid => geometry::logits(sae, &source.model.model, pack::TOP_K)?,
+    };
     let index = index(source.model, &summaries, logits.as_deref());
     let (numbers, words) = index.write()?;
     writer.add(pack::INDEX_NUMBERS, &numbers)?;

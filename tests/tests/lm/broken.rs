@@ -1,0 +1,126 @@
+//! Damaged tensors, configurations and files: refused by name, never a panic.
+
+use super::*;
+
+#[test]
+fn broken_tensors_are_named() {
+    let case = "llama";
+    let broken = |change: &dyn Fn(&mut Memory)| {
+        let mut memory = Memory::read(case);
+        change(&mut memory);
+        build(&blueprint(case), &mut memory).unwrap_err()
+    };
+    const Q: &str = "model.layers.1.self_attn.q_proj.weight";
+    let error = broken(&|m| drop(m.0.remove(Q)));
+    assert!(matches!(&error, LmError::MissingTensor { name, .. } if name == Q), "{error}");
+    let error = broken(&|m| m.0.get_mut(Q).unwrap().0.reverse());
+    assert!(matches!(&error, LmError::TensorShape { name, .. } if name == Q), "{error}");
+    let error = broken(&|m| m.0.get_mut(Q).unwrap().1[5] = f32::NAN);
+    assert!(matches!(&error, LmError::NotFinite { index: 5, .. }), "{error}");
+    let error = broken(&|m| assert!(m.0.get_mut(Q).unwrap().1.pop().is_some()));
+    assert!(matches!(&error, LmError::TensorShape { .. }), "{error}");
+    let error = broken(&|m| {
+        drop(m.0.insert("model.layers.1.self_attn.q_norm.weight".to_owned(), (vec![1], vec![1.0])))
+    });
+    assert!(matches!(&error, LmError::UnknownTensors { count: 1, .. }), "{error}");
+    let error = broken(&|m| drop(m.0.remove("lm_head.weight")));
+    assert!(matches!(&error, LmError::MissingTensor { .. }), "{error}");
+}
+
+#[test]
+fn a_model_saved_without_its_head_is_read_too() {
+    let mut memory = Memory::default();
+    for (name, tensor) in Memory::read("gemma2").0 {
+        memory.0.insert(name.strip_prefix("model.").unwrap().to_owned(), tensor);
+    }
+    let expected = Expected::read("gemma2");
+    let model = build(&blueprint("gemma2"), &mut memory).unwrap();
+    assert!(worst(&run(&model, expected.tokens()), &expected).0 <= TOLERANCE);
+}
+
+#[test]
+fn hostile_configurations_are_refused() {
+    let good: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(golden("gemma2").join("config.json")).unwrap()).unwrap();
+    let with = |field: &str, value: serde_json::Value| {
+        let mut config = good.clone();
+        config[field] = value;
+        let blueprint = Blueprint::from_config(config.to_string().as_bytes())?;
+        build(&blueprint, &mut Memory::read("gemma2")).map(drop)
+    };
+    with("vocab_size", 96.into()).unwrap();
+    for (field, value) in [
+        ("model_type", serde_json::json!("mamba")),
+        ("model_type", serde_json::Value::Null),
+        ("hidden_size", (-1).into()),
+        ("hidden_size", serde_json::json!("24")),
+        ("hidden_size", serde_json::json!(1e300)),
+        ("hidden_size", u64::MAX.into()),
+        ("hidden_size", 25.into()),
+        ("num_hidden_layers", 0.into()),
+        ("num_hidden_layers", 16_000_000.into()),
+        ("num_hidden_layers", 2.into()),
+        ("num_key_value_heads", 3.into()),
+        ("head_dim", 9.into()),
+        ("head_dim", 16_777_216.into()),
+        ("rms_norm_eps", serde_json::json!(0.0)),
+        ("query_pre_attn_scalar", serde_json::json!(-3)),
+        ("sliding_window", 0.into()),
+        ("layer_types", serde_json::json!(["full_attention"])),
+        ("layer_types", serde_json::json!(["full_attention", "full_attention", 7])),
+        ("hidden_activation", serde_json::json!("quick_gelu")),
+        ("rope_parameters", serde_json::json!({"rope_type": "yarn", "factor": 2.0})),
+        ("rope_parameters", serde_json::json!({"rope_type": "linear"})),
+        ("rope_parameters", serde_json::json!([1])),
+        ("partial_rotary_factor", serde_json::json!(0.25)),
+        ("use_bidirectional_attention", true.into()),
+        ("attention_bias", true.into()),
+        ("tie_word_embeddings", false.into()),
+    ] {
+        assert!(with(field, value.clone()).is_err(), "{field} = {value} was accepted");
+    }
+    for text in ["", "[]", "null", "{\"model_type\"", "\u{0}"] {
+        assert!(Blueprint::from_config(text.as_bytes()).is_err());
+    }
+}
+
+#[test]
+fn hostile_safetensors_are_refused() {
+    let values = [1.0f32, 2.0, 3.0, 4.0];
+    let view = TensorView::new(Dtype::F32, vec![2, 2], bytemuck_bytes(&values)).unwrap();
+    let good = safetensors::serialize([("x", view)], None).unwrap();
+    let parse = |bytes: &[u8]| SafetensorsHeader::parse(bytes, bytes.len() as u64);
+    assert_eq!(parse(&good).unwrap().tensors()["x"].shape, [2, 2]);
+    for end in 0..good.len() {
+        assert!(parse(&good[..end]).is_err(), "{end} bytes of {} were accepted", good.len());
+    }
+    let header = |json: &str| {
+        let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(json.as_bytes());
+        bytes.extend([0; 64]);
+        parse(&bytes)
+    };
+    header(r#"{"x":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}"#).unwrap();
+    for json in [
+        r#"{"x":{"dtype":"F32","shape":[4],"data_offsets":[0,17]}}"#,
+        r#"{"x":{"dtype":"F32","shape":[4],"data_offsets":[16,0]}}"#,
+        r#"{"x":{"dtype":"F32","shape":[4],"data_offsets":[60,76]}}"#,
+        r#"{"x":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,0]}}"#,
+        r#"{"x":{"dtype":"F32","shape":[4],"data_offsets":[18446744073709551600,18446744073709551616]}}"#,
+        r#"{"x":{"dtype":"I64","shape":[2],"data_offsets":[0,16]}}"#,
+        r#"{"x":{"dtype":"F32","shape":[-4],"data_offsets":[0,16]}}"#,
+        r#"{"x":7}"#,
+        "[]",
+        "{",
+    ] {
+        assert!(header(json).is_err(), "{json} was accepted");
+    }
+    let mut huge = u64::MAX.to_le_bytes().to_vec();
+    huge.extend([b'{'; 8]);
+    assert!(parse(&huge).is_err());
+}
+
+fn bytemuck_bytes(values: &[f32]) -> &[u8] {
+    let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+    bytes.leak()
+}
