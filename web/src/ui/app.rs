@@ -48,7 +48,7 @@ pub(super) fn App() -> impl IntoView {
     });
     Effect::new(move |_| document().set_title(&ctx.address.with(|a| title(&a.route))));
     view! {
-        <a class="skip" href="#main" on:click=skip_to_main>"Skip to content"</a>
+        <a class="skip" href="#main" on:click=|event| skip_to_main(&event)>"Skip to content"</a>
         <Header />
         <main id="main" tabindex="-1">
             {move || match page.get() {
@@ -71,7 +71,7 @@ pub(super) fn App() -> impl IntoView {
     }
 }
 
-fn skip_to_main(event: leptos::ev::MouseEvent) {
+fn skip_to_main(event: &leptos::ev::MouseEvent) {
     // The fragment of the address belongs to the router.
     event.prevent_default();
     if let Some(main) =

@@ -22,7 +22,7 @@ pub(super) fn Examples(shard: Arc<FeatureShard>, place: usize, max: f32, n_token
     let empty = sections.is_empty();
     let sections = sections
         .into_iter()
-        .map(|Section { title, note, examples }| {
+        .map(move |Section { title, note, examples }| {
             let shard = shard.clone();
             view! {
                 <h3>{title}<span class="quiet">{note}</span></h3>

@@ -76,14 +76,17 @@ fn Controls(view: Memo<ListView>, change: Callback<ListView>) -> impl IntoView {
             <label for="search">"Search"</label>
             <input id="search" type="search" placeholder="a token, or a number" autocomplete="off" spellcheck="false"
                 prop:value=move || view.get().search on:input=search />
+            <span class="pair">
             <label for="show">"Show"</label>
             <select id="show" on:change=filter prop:value=move || view.get().filter.key()>
                 {Filter::ALL
                     .map(|f| view! { <option value=f.key() selected=move || view.get().filter == f>{name(f)}</option> })
                     .collect_view()}
             </select>
-            <label for="sort" class="only-narrow">"Sort"</label>
-            <select id="sort" class="only-narrow" on:change=move |event| {
+            </span>
+            <span class="pair only-narrow">
+            <label for="sort">"Sort"</label>
+            <select id="sort" on:change=move |event| {
                 let key = event_target_value(&event);
                 let sort = Sort::ALL.into_iter().find(|s| s.key() == key).unwrap_or_default();
                 change.run(ListView { sort, reversed: false, ..view.get_untracked() });
@@ -92,6 +95,7 @@ fn Controls(view: Memo<ListView>, change: Callback<ListView>) -> impl IntoView {
                     .map(|s| view! { <option value=s.key() selected=move || view.get().sort == s>{s.key()}</option> })
                     .collect_view()}
             </select>
+            </span>
         </form>
     }
 }

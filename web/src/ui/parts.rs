@@ -48,14 +48,9 @@ pub(crate) fn Figure(
     }
 }
 
-/// A token that stands alone.
-#[component]
-pub(crate) fn Word(word: String) -> impl IntoView {
-    view! { <span class="word">{words::alone(&word)}</span> }
-}
-
 /// Tokens that stand in a row.
 #[component]
 pub(crate) fn Words(words: Vec<String>) -> impl IntoView {
-    view! { <span class="words">{words.into_iter().map(|word| view! { <Word word=word /> }).collect_view()}</span> }
+    let words = words.into_iter().map(|word| view! { <span class="word">{words::alone(&word)}</span> });
+    view! { <span class="words">{words.collect_view()}</span> }
 }
