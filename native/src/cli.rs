@@ -1,6 +1,6 @@
 //! The command line: one variant a command, each a thin file in `cmd/` over a library module.
 
-use std::io;
+use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -50,7 +50,8 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let filter =
         EnvFilter::try_from_env("STRATASCOPE_LOG").unwrap_or_else(|_| EnvFilter::new("warn,native=info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_target(false).init();
+    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    logs.with_ansi(io::stderr().is_terminal()).with_target(false).init();
     let result = match &cli.command {
         Command::Harvest(args) => cmd::harvest::run(args),
         Command::Train(args) => cmd::train::run(args),

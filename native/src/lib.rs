@@ -16,6 +16,7 @@ pub mod evaluate;
 pub mod features;
 pub mod files;
 pub mod harvest;
+pub mod input_limit;
 pub mod model;
 pub mod progress;
 pub mod sae_files;

@@ -92,7 +92,7 @@ impl Impostor {
         let mut parts: SaeParts = sae.clone().into_parts();
         match fault {
             Fault::ThresholdIgnored if sae.activation().threshold(0).is_some() => {
-                parts.activation = Activation::Relu
+                parts.activation = Activation::Relu;
             }
             Fault::ThresholdShifted => {
                 if let Activation::JumpRelu { threshold } = &mut parts.activation {

@@ -55,12 +55,12 @@ pub fn product(
     let parallelism = if threads == 1 { gemm::Parallelism::None } else { gemm::Parallelism::Rayon(threads) };
     #[expect(clippy::cast_possible_wrap, reason = "strides of slices are at most isize::MAX")]
     let strides = [b.cols, a.col_stride, a.row_stride, b.col_stride, b.row_stride].map(|s| s as isize);
-    // SAFETY: `Matrix` holds exactly rows·cols values under strides that address each once, `out` holds exactly
-    // a.rows·b.cols, the inner dimensions agree, and a `&mut` slice overlaps neither operand.
     #[expect(
         unsafe_code,
         reason = "the gemm crate has only a raw-pointer entry; every length is checked above"
     )]
+    // SAFETY: `Matrix` holds exactly rows·cols values under strides that address each once, `out` holds exactly
+    // a.rows·b.cols, the inner dimensions agree, and a `&mut` slice overlaps neither operand.
     unsafe {
         gemm::gemm(
             a.rows,

@@ -137,10 +137,10 @@ impl CpuBackend {
         for found in found {
             match found {
                 Found::Active(rows) => {
-                    active.iter_mut().zip(rows).for_each(|(all, mut row)| all.append(&mut row))
+                    active.iter_mut().zip(rows).for_each(|(all, mut row)| all.append(&mut row));
                 }
                 Found::Candidates(rows) => {
-                    candidates.iter_mut().zip(rows).for_each(|(all, row)| all.append(row))
+                    candidates.iter_mut().zip(rows).for_each(|(all, row)| all.append(row));
                 }
             }
         }

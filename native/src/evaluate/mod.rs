@@ -11,10 +11,12 @@ pub mod splice;
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
+use shared::Rows;
 use shared::pack::Metrics;
 use shared::tap::TapPoint;
 
 use crate::cpu::CpuBackend;
+use crate::input_limit::InputLimit;
 use crate::model::LoadedModel;
 use crate::progress;
 use crate::sae_files::SaeFile;
@@ -54,6 +56,10 @@ pub struct EvalReport {
     pub n_latents: usize,
     /// What was asked for.
     pub options: Options,
+    /// Vectors longer than this were not trained on and are left out here too; absent when there is no limit.
+    pub max_input_norm: Option<f64>,
+    /// Vectors left out for their norm, of the held-out ones and those read for densities.
+    pub n_outliers: u64,
     /// On activation vectors alone.
     pub reconstruction: ReconstructionReport,
     /// Spliced into the language model; absent when no model was given.
@@ -123,8 +129,9 @@ pub fn evaluate(
         );
     }
     let backend = CpuBackend::new(file.sae.clone());
-    let reconstruction = reconstruct(&backend, store, point, options, stop)?;
-    let splice = model.map(|model| splice_all(&backend, store, point, model, options, stop)).transpose()?;
+    let subject = Subject { backend, limit: InputLimit::of(file), point };
+    let (reconstruction, n_outliers) = reconstruct(&subject, store, options, stop)?;
+    let splice = model.map(|model| splice_all(&subject, store, model, options, stop)).transpose()?;
     Ok(EvalReport {
         version: 1,
         model: store.manifest().model.name.clone(),
@@ -132,36 +139,49 @@ pub fn evaluate(
         d_in: dims.d_in,
         n_latents: dims.n_latents,
         options: options.clone(),
+        max_input_norm: subject.limit.norm(),
+        n_outliers,
         reconstruction,
         splice,
     })
 }
 
-fn reconstruct(
-    backend: &CpuBackend,
-    store: &Store,
+/// The autoencoder under test, and the vectors it speaks about.
+struct Subject {
+    backend: CpuBackend,
+    limit: InputLimit,
     point: TapPoint,
+}
+
+/// The report, and how many vectors were left out for their norm.
+fn reconstruct(
+    subject: &Subject,
+    store: &Store,
     options: &Options,
     stop: &StopFlag,
-) -> Result<ReconstructionReport> {
+) -> Result<(ReconstructionReport, u64)> {
     let held_out = store.n_vectors(Split::HeldOut);
     if held_out == 0 {
         bail!("the store has no held-out vectors; harvest with a held-out share");
     }
     let total = held_out.max(options.density_tokens.min(held_out + store.n_vectors(Split::Train)));
     let bar = progress::bar(total, "encode", "vectors");
-    let mut meter = ReconstructionMeter::new(backend);
+    let mut meter = ReconstructionMeter::new(&subject.backend);
+    let mut n_outliers = 0;
     for split in [Split::HeldOut, Split::Train] {
         for index in 0..store.n_shards(split) {
             if split == Split::Train && meter.n_vectors() >= options.density_tokens {
                 break;
             }
-            let shard = store.read_shard(point, split, index)?;
+            let shard = store.read_shard(subject.point, split, index)?;
             for rows in shard.vectors.chunks(ENCODE_ROWS * shard.width.max(1)) {
                 if stop.is_raised() {
                     return Err(Stopped.into());
                 }
-                let rows = shared::Rows::new(rows, shard.width)?;
+                let all = Rows::new(rows, shard.width)?;
+                let within = subject.limit.within(all);
+                let rows = Rows::new(&within, shard.width)?;
+                n_outliers += (all.n_rows() - rows.n_rows()) as u64;
                 match split {
                     Split::HeldOut => meter.add_held_out(rows)?,
                     Split::Train if meter.n_vectors() >= options.density_tokens => break,
@@ -172,13 +192,12 @@ fn reconstruct(
         }
     }
     bar.finish_and_clear();
-    meter.finish()
+    Ok((meter.finish()?, n_outliers))
 }
 
 fn splice_all(
-    backend: &CpuBackend,
+    subject: &Subject,
     store: &Store,
-    point: TapPoint,
     model: &LoadedModel,
     options: &Options,
     stop: &StopFlag,
@@ -188,7 +207,7 @@ fn splice_all(
     let kept = splice::kept_positions(&tokens, |position, id| store.manifest().keeps(position, id));
     let n = options.sequences.min(tokens.n_sequences());
     let bar = progress::bar((n * length) as u64, "splice", "tokens");
-    let mut meter = SpliceMeter::new(backend, &model.model, point);
+    let mut meter = SpliceMeter::new(&subject.backend, &model.model, subject.point, subject.limit);
     let per_pass = (TOKENS_PER_PASS / length.max(1)).max(1);
     for first in (0..n).step_by(per_pass) {
         if stop.is_raised() {

@@ -18,6 +18,10 @@ pub fn markdown(report: &EvalReport) -> String {
         ("dead latents", percent(r.dead_share), format!("never active on {} tokens", r.n_density)),
         ("dense latents", percent(r.dense_share), "active on more than 10 % of tokens".to_owned()),
     ];
+    if let Some(limit) = report.max_input_norm {
+        let about = format!("vectors longer than {limit:.0}, not trained on and not measured");
+        rows.push(("massive activations", report.n_outliers.to_string(), about));
+    }
     if let Some(s) = &report.splice {
         let error = s.delta_loss_error.map_or_else(String::new, |e| format!(" ± {e:.4}"));
         let about = format!("nats a token, {} sequences, {} predictions", s.n_sequences, s.n_predictions);

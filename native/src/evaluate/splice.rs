@@ -1,7 +1,7 @@
 //! What the language model loses when a tap's value is replaced by its reconstruction.
 //!
 //! Three passes over the same tokens: untouched, the tap replaced by `x̂`, the tap replaced by zero.
-//! Positions the autoencoder was never trained on (special tokens, dropped positions) keep their own
+//! Positions the autoencoder was never trained on (special tokens, dropped positions, massive activations) keep their own
 //! value in all three. Losses are compared on predictions made at a replaced position about a token at a
 //! replaced position: what nothing was done to, and special tokens to come, do not count.
 //!
@@ -11,11 +11,12 @@
 
 use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
-use shared::lm::{LanguageModel, LmError, NoTap, Splicer, Tap, TokenBatch};
+use shared::lm::{LanguageModel, LmError, Splicer, Tap, TokenBatch};
 use shared::tap::TapPoint;
 use shared::{Rows, ShapeError};
 
 use crate::cpu::CpuBackend;
+use crate::input_limit::{InputLimit, Outliers};
 use crate::store::Tokens;
 
 /// Measured in the language model; all losses in nats a token.
@@ -26,7 +27,7 @@ pub struct SpliceReport {
     pub n_sequences: usize,
     /// Predictions compared.
     pub n_predictions: u64,
-    /// Positions that kept their own value: special tokens and dropped positions.
+    /// Positions that kept their own value: special tokens, dropped positions, massive activations.
     pub n_kept: u64,
     /// Loss of the untouched model.
     pub ce_clean: f64,
@@ -56,15 +57,21 @@ pub struct SpliceMeter<'a> {
     backend: &'a CpuBackend,
     model: &'a LanguageModel,
     point: TapPoint,
+    limit: InputLimit,
     n_kept: u64,
     totals: Totals,
 }
 
 impl<'a> SpliceMeter<'a> {
-    /// Nothing seen yet.
+    /// Nothing seen yet; vectors beyond `limit` keep their own value too.
     #[must_use]
-    pub fn new(backend: &'a CpuBackend, model: &'a LanguageModel, point: TapPoint) -> Self {
-        Self { backend, model, point, n_kept: 0, totals: Totals::default() }
+    pub fn new(
+        backend: &'a CpuBackend,
+        model: &'a LanguageModel,
+        point: TapPoint,
+        limit: InputLimit,
+    ) -> Self {
+        Self { backend, model, point, limit, n_kept: 0, totals: Totals::default() }
     }
 
     /// Adds sequences of `length` tokens; `kept` has one entry a token.
@@ -73,8 +80,12 @@ impl<'a> SpliceMeter<'a> {
     /// If the model refuses the tokens, or tap and autoencoder do not fit.
     pub fn add(&mut self, ids: &[u32], length: usize, kept: &[bool]) -> Result<()> {
         let tokens = TokenBatch::new(ids, length)?;
+        let mut outliers = Outliers::new(self.point, self.limit);
+        let clean = self.model.forward_nll(tokens, &mut outliers)?;
+        let mut kept = kept.to_vec();
+        kept.iter_mut().zip(&outliers.long).for_each(|(kept, &long)| *kept |= long);
+        let kept = kept.as_slice();
         self.n_kept += kept.iter().filter(|&&k| k).count() as u64;
-        let clean = self.model.forward_nll(tokens, &mut NoTap)?;
         let reconstruct = |x: Rows<'_>| -> Result<Vec<f32>, LmError> {
             Ok(self.backend.encode(x).and_then(|codes| self.backend.decode(&codes))?)
         };

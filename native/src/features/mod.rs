@@ -16,13 +16,14 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use shared::Rows;
 use shared::metrics::Density;
 use shared::pack::{self, Decoder, Encoder, Index};
 use shared::tap::{Site, TapPoint};
-use shared::{Rows, Sae};
 
 use crate::cpu::CpuBackend;
 use crate::evaluate::{self, ENCODE_ROWS, EvalReport};
+use crate::input_limit::InputLimit;
 use crate::model::LoadedModel;
 use crate::progress;
 use crate::sae_files::SaeFile;
@@ -98,7 +99,7 @@ pub fn collect(
     let point = check(source)?;
     let mut writer = PackWriter::create(out)?;
     let sae = &source.file.sae;
-    let (table, density) = encode(source.store, point, sae, options, stop)?;
+    let (table, density) = encode(source, point, options, stop)?;
     writer.add(pack::ENCODER, &Encoder::of(sae).write()?)?;
     writer.add(pack::DECODER, &Decoder::of(sae).write()?)?;
     let summaries: Vec<Summary> =
@@ -125,7 +126,8 @@ pub fn collect(
     let n_shards = shards(&describer, options.latents_per_shard, &mut writer, stop)?;
     let store = source.store.manifest();
     let mut entries = Vec::new();
-    for (entry, text) in texts::capture(source.passages, source.model, store, point, options.text_tokens)? {
+    let place = (point, InputLimit::of(source.file));
+    for (entry, text) in texts::capture(source.passages, source.model, store, place, options.text_tokens)? {
         writer.add(&entry.file, &text.write(&entry.file)?)?;
         entries.push(entry);
     }
@@ -165,12 +167,12 @@ fn check(source: &Source<'_>) -> Result<TapPoint> {
 
 /// Encodes the training vectors of the first sequences and regroups their codes.
 fn encode(
-    store: &Store,
+    source: &Source<'_>,
     point: TapPoint,
-    sae: &Sae,
     options: &Options,
     stop: &StopFlag,
 ) -> Result<(ActivationTable, Density)> {
+    let (store, sae, limit) = (source.store, &source.file.sae, InputLimit::of(source.file));
     let backend = CpuBackend::new(sae.clone());
     let n_latents = sae.dims().n_latents;
     let tokens = store.tokens(Split::Train)?;
@@ -190,8 +192,12 @@ fn encode(
     for shard in 0..store.n_shards(Split::Train) {
         let shard = store.read_shard(point, Split::Train, shard)?;
         let places = || shard.sequences.iter().zip(&shard.positions);
-        let inside: Vec<(usize, u32)> =
-            places().enumerate().filter_map(|(row, (&s, &p))| Some((row, builder.token(s, p)?))).collect();
+        let kept = |row: usize| limit.keeps(&shard.vectors[row * shard.width..(row + 1) * shard.width]);
+        let inside: Vec<(usize, u32)> = places()
+            .enumerate()
+            .filter(|&(row, _)| kept(row))
+            .filter_map(|(row, (&s, &p))| Some((row, builder.token(s, p)?)))
+            .collect();
         for chunk in inside.chunks(ENCODE_ROWS) {
             if stop.is_raised() {
                 return Err(Stopped.into());

@@ -11,6 +11,7 @@ use shared::lm::{LmError, Tap, TapAction, TokenBatch, Until};
 use shared::pack::{Text, TextEntry, text_numbers};
 use shared::tap::TapPoint;
 
+use crate::input_limit::InputLimit;
 use crate::model::LoadedModel;
 use crate::store::Manifest;
 
@@ -72,7 +73,7 @@ impl Tap for Capture {
 }
 
 /// Runs each passage through the model, at most `most_tokens` of it, and keeps its activations at `point`.
-/// Tokens the store leaves out are marked to be skipped here too.
+/// Tokens the store leaves out, and vectors beyond `limit`, are marked to be skipped here too.
 ///
 /// # Errors
 /// If the model refuses a text or has no such tap.
@@ -80,10 +81,10 @@ pub fn capture(
     passages: &[Passage],
     model: &LoadedModel,
     store: &Manifest,
-    point: TapPoint,
+    (point, limit): (TapPoint, InputLimit),
     most_tokens: usize,
 ) -> Result<Vec<(TextEntry, Text)>> {
-    passages.iter().enumerate().map(|(i, p)| one(i, p, model, store, point, most_tokens)).collect()
+    passages.iter().enumerate().map(|(i, p)| one(i, p, model, store, (point, limit), most_tokens)).collect()
 }
 
 fn one(
@@ -91,7 +92,7 @@ fn one(
     passage: &Passage,
     model: &LoadedModel,
     store: &Manifest,
-    point: TapPoint,
+    (point, limit): (TapPoint, InputLimit),
     most_tokens: usize,
 ) -> Result<(TextEntry, Text)> {
     let context = || format!("the text {}", passage.id);
@@ -114,7 +115,9 @@ fn one(
         file,
         words: tokens.iter().map(|&t| tokenizer.piece(t)).collect(),
     };
-    let skip = tokens.iter().enumerate().map(|(position, &token)| !store.keeps(position, token)).collect();
+    let rows = Rows::new(&capture.rows, capture.rows.len() / tokens.len())?;
+    let seen = tokens.iter().zip(rows).enumerate();
+    let skip = seen.map(|(i, (&token, x))| !store.keeps(i, token) || !limit.keeps(x)).collect();
     Ok((entry, Text { tokens, x: capture.rows, skip }))
 }
 

@@ -23,6 +23,7 @@ use super::schedule::settings;
 use super::source::ActivationSource;
 use super::step::{Forward, Settings, Trainer};
 use crate::files::write_bytes;
+use crate::input_limit;
 use crate::progress;
 use crate::sae_files::{SaeFile, SaeFormat, write as write_sae};
 use crate::stop::{StopFlag, Stopped};
@@ -233,7 +234,7 @@ impl<'a> Run<'a> {
         };
         let mut metadata = self.source.metadata();
         metadata.provenance.insert("training".to_owned(), json!(self.config));
-        metadata.provenance.insert("max_input_norm".to_owned(), json!(self.max_input_norm()));
+        metadata.provenance.insert(input_limit::PROVENANCE_KEY.to_owned(), json!(self.max_input_norm()));
         metadata.provenance.insert("data".to_owned(), self.source.provenance().clone());
         write_sae(&self.out, SaeFormat::SaeLens, &SaeFile { sae, metadata })?;
         checkpoint::save(&self.out, &self.state, &self.identity)?;

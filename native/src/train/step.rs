@@ -154,7 +154,7 @@ impl Trainer {
             .map(|(weights, weight_moments, scalars, scalar_moments, steps, (block, thetas))| {
                 let mut scratch = Scratch::new(d);
                 vectorised(|| {
-                    for i in 0..block.n_latents() {
+                    for (i, &theta) in thetas.iter().enumerate() {
                         let row = i * d..(i + 1) * d;
                         let mut latent = Latent {
                             encoder: &mut weights.0[row.clone()],
@@ -164,7 +164,7 @@ impl Trainer {
                             bias: (&mut scalars.0[i], &mut scalar_moments.0[i]),
                             threshold: (&mut scalars.1[i], &mut scalar_moments.1[i]),
                             steps: (&mut steps.0[i], &mut steps.1[i]),
-                            theta: thetas[i],
+                            theta,
                         };
                         context.update(&mut latent, block.latent(i), &mut scratch);
                     }

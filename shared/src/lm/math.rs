@@ -32,10 +32,10 @@ pub(crate) fn tanh(x: f32) -> f32 {
     let square = x * x;
     // Below 0.625: the odd minimax polynomial of Cephes' tanhf.
     let mut p = -5.704_988_7e-3;
-    p = p * square + 2.063_908_9e-2;
+    p = p * square + 2.063_909e-2;
     p = p * square - 5.373_971_6e-2;
     p = p * square + 1.333_144_2e-1;
-    p = p * square - 3.333_328_2e-1;
+    p = p * square - 3.333_328e-1;
     let small = p * square * x + x;
     // `exp` saturates, so large sizes give exactly 1; a NaN stays one.
     let large = 1.0 - 2.0 / (exp(2.0 * size) + 1.0);

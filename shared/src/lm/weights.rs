@@ -219,9 +219,9 @@ impl<O: Ops> Loader<'_, O> {
         let names = &self.blueprint.names;
         let mut left: Vec<String> = self.source.names();
         left.retain(|name| {
-            !self.used.contains(name)
-                && !names.ignored.iter().any(|ending| name.ends_with(ending))
-                && !(self.blueprint.spec.tied_embeddings && name == names.unembedding)
+            let copy_of_embedding = self.blueprint.spec.tied_embeddings && name == names.unembedding;
+            let ignored = copy_of_embedding || names.ignored.iter().any(|ending| name.ends_with(ending));
+            !(ignored || self.used.contains(name))
         });
         left.sort_unstable();
         let count = left.len();
