@@ -1,4 +1,5 @@
 //! The conformance suite on the CPU backends, and on impostors it must reject.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests assert by panicking")]
 
 use std::convert::Infallible;
 

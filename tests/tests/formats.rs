@@ -1,4 +1,5 @@
 //! Weight files other programs wrote, files we write, and files nobody should trust.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests assert by panicking")]
 
 use std::io::Cursor;
 

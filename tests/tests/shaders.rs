@@ -1,5 +1,6 @@
 //! Every WGSL file parses and validates, follows the conventions of `shaders/README.md`, and its structs lie in
 //! memory as their Rust twins do. A shader that only a user's browser would reject fails here.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests assert by panicking")]
 
 use std::mem::offset_of;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,5 @@
 //! Training: golden losses and gradients, the sparse step against the dense reference, and resuming.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests assert by panicking")]
 
 use serde::Deserialize;
 use shared::Rows;

@@ -1,4 +1,5 @@
 //! `stratascope train` killed at any point and run again ends with the weights of an uninterrupted run.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests assert by panicking")]
 
 use std::collections::HashMap;
 use std::fs;

@@ -1,4 +1,5 @@
 //! The sparse f32 training step against the dense f64 reference with textbook Adam.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests assert by panicking")]
 
 use native::train::{Params, Settings, Trainer};
 use shared::Rows;

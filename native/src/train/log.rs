@@ -107,7 +107,7 @@ mod tests {
         for step in [10, 20, 30] {
             log.write(&line(step)).unwrap();
         }
-        fs::OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{\"step\": 4").unwrap();
+        OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{\"step\": 4").unwrap();
         let mut log = Log::open(&path, 20).unwrap();
         log.write(&line(30)).unwrap();
         let text = fs::read_to_string(&path).unwrap();

@@ -20,7 +20,7 @@ fn broken_tensors_are_named() {
     let error = broken(&|m| assert!(m.0.get_mut(Q).unwrap().1.pop().is_some()));
     assert!(matches!(&error, LmError::TensorShape { .. }), "{error}");
     let error = broken(&|m| {
-        drop(m.0.insert("model.layers.1.self_attn.q_norm.weight".to_owned(), (vec![1], vec![1.0])))
+        drop(m.0.insert("model.layers.1.self_attn.q_norm.weight".to_owned(), (vec![1], vec![1.0])));
     });
     assert!(matches!(&error, LmError::UnknownTensors { count: 1, .. }), "{error}");
     let error = broken(&|m| drop(m.0.remove("lm_head.weight")));

@@ -2,6 +2,7 @@
 //! be told apart from it, and against broken files.
 //!
 //! This file holds what the tests share; `agreement` compares, `broken` damages, `gguf` reads the other format.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests assert by panicking")]
 
 mod agreement;
 mod broken;
