@@ -26,6 +26,7 @@ parser.add_argument("--l0-coefficient", type=float, default=10.0)
 parser.add_argument("--target-l0", type=float)
 parser.add_argument("--bandwidth", type=float, default=0.05)
 parser.add_argument("--init-threshold", type=float, default=0.01)
+parser.add_argument("--init-l0", type=float, help="thresholds from the data, so that training starts near this L0")
 parser.add_argument("--threads", type=int, default=2)
 parser.add_argument("--seed", type=int, default=0)
 args = parser.parse_args()
@@ -57,6 +58,11 @@ sae = JumpReLUTrainingSAE(
         dtype="float32",
     )
 )
+if args.init_l0 is not None:
+    with torch.no_grad():
+        z = x[:4096] @ sae.W_enc + sae.b_enc
+        sae.threshold.copy_(torch.quantile(z[:2048], 1 - args.init_l0 / args.width, dim=0).clamp(min=1e-3))
+        print("median initial threshold", sae.threshold.median().item())
 optimiser = torch.optim.Adam(sae.parameters(), lr=args.lr, betas=(0.9, 0.999))
 fired = torch.zeros(args.width, dtype=torch.long)
 order, at = torch.randperm(len(x)), 0

@@ -25,6 +25,11 @@ const TAP: &str = "resid.14";
 /// The folder of the demo's pack, and its name in the page's addresses.
 const PACK: &str = "smollm2-135m-resid-14";
 
+/// What the page calls the pack.
+const TITLE: &str = "SmolLM2-135M, residual stream after block 14";
+/// What the page calls the fetched text.
+const CORPUS: &str = "State of the Union addresses and Moby-Dick";
+
 /// Arguments of `demo`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -196,8 +201,15 @@ impl Demo<'_> {
             .arg(&model.path)
             .arg("--texts")
             .arg(&texts);
-        let features =
+        let mut features =
             features.arg("--eval").arg(self.eval().join("eval.json")).arg("--out").arg(self.pack());
+        // What was fetched has a name people know; a model or a text given by hand speaks for itself.
+        if !matches!(args.model, Source::Local(_)) {
+            features = features.args(["--name", PACK, "--title", TITLE]);
+        }
+        if args.text.is_none() {
+            features = features.args(["--corpus", CORPUS]);
+        }
         let inputs = [configs.text("features")?, &sentences];
         stages.run(
             "features",
