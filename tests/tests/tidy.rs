@@ -147,7 +147,7 @@ fn architecture_names_only_what_exists_and_all_of_the_top_level() {
     assert!(paths.len() >= 30, "only {} paths found", paths.len());
     let missing = paths.iter().filter(|p| !root().join(p).exists());
     none(&missing.map(|p| format!("ARCHITECTURE.md names `{p}`, which is not there")).collect::<Vec<_>>());
-    for folder in ["native", "web", "shared", "shaders", "tests", "configs", "xtask", "docs"] {
+    for folder in ["native", "web", "shared", "shaders", "kernels", "tests", "configs", "xtask", "docs"] {
         assert!(
             paths.iter().any(|p| p.starts_with(&format!("{folder}/"))),
             "ARCHITECTURE.md says nothing of {folder}/"
