@@ -69,7 +69,11 @@ impl Checks<'_> {
         self.cargo("lints", "clippy, all crates and tests", &[&native[..], &strict].concat())?;
         let wasm = ["clippy", "--package", "web", "--target", "wasm32-unknown-unknown"];
         self.cargo("lints for wasm", "clippy, as the browser runs it", &[&wasm[..], &strict].concat())?;
-        self.cargo("tests", "unit, golden, end-to-end and kill tests", &["test", "--workspace", "--no-fail-fast"])?;
+        self.cargo(
+            "tests",
+            "unit, golden, end-to-end and kill tests",
+            &["test", "--workspace", "--no-fail-fast"],
+        )?;
         if skip_browser {
             self.report.skip("browser tests", "on request");
             return Ok(());
