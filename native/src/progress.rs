@@ -12,7 +12,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle, TermLike};
 /// How often a log gets a line.
 const LINE_EVERY: Duration = Duration::from_secs(20);
 /// The columns of a line in a log.
-const LINE_WIDTH: u16 = 120;
+const LINE_WIDTH: u16 = 160;
 
 /// A bar over `total` units of `unit` (for example `tokens`), with rate, ETA and a free message, on standard error.
 #[must_use]
