@@ -69,6 +69,9 @@ impl Checks<'_> {
         self.cargo("lints", "clippy, all crates and tests", &[&native[..], &strict].concat())?;
         let wasm = ["clippy", "--package", "web", "--target", "wasm32-unknown-unknown"];
         self.cargo("lints for wasm", "clippy, as the browser runs it", &[&wasm[..], &strict].concat())?;
+        // With `--all-targets` the program itself is built with the same features of its dependencies as the tests;
+        // asking for it alone would compile them a second time.
+        self.cargo("build", "programs and tests", &["build", "--workspace", "--all-targets"])?;
         self.cargo(
             "tests",
             "unit, golden, end-to-end and kill tests",
@@ -118,8 +121,6 @@ impl Checks<'_> {
                 crate::places::remove_folder(folder)?;
             }
             fs::create_dir_all(&pack).with_context(|| format!("cannot create {}", pack.display()))?;
-            // `cargo test` has built both: asking cargo for one package again would resolve other features of the
-            // dependencies and compile them a second time.
             let fixture = places.binary("debug").with_file_name("examples").join(executable("fixture_pack"));
             Program::new(&fixture).arg(&pack).run().context("the synthetic pack could not be made")?;
             let put = Program::new(places.binary("debug")).args(["site", "--web"]).arg(&page);
