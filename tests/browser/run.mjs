@@ -261,16 +261,26 @@ async function damage(browser) {
   }
 }
 
+async function poll(question, timeout = 30_000) {
+  for (const end = Date.now() + timeout; !(await question()); ) {
+    if (Date.now() > end) throw new Error(`still no after ${timeout} ms: ${question}`);
+    await new Promise((resolve) => setTimeout(resolve, 50));
+  }
+}
+
 async function offline(browser) {
   const { context, page, seen } = await open(browser, site.origin, { serviceWorkers: "allow" });
   await tally.check("visited pages work offline, after a reload too", async () => {
     await go(page, "#/");
     await page.evaluate(() => navigator.serviceWorker.ready);
     await page.waitForFunction(() => navigator.serviceWorker.controller !== null);
-    await page.waitForFunction(async () => {
-      const kept = await (await caches.open("stratascope-1")).keys();
-      return ["/pack.json", "/packs/index.json", ".wasm"].every((end) => kept.some((r) => new URL(r.url).pathname.endsWith(end)));
-    });
+    // `waitForFunction` takes a promise for a yes, so an asynchronous question must be polled here.
+    await poll(() =>
+      page.evaluate(async () => {
+        const kept = await (await caches.open("stratascope-1")).keys();
+        return ["/pack.json", "/packs/index.json", ".wasm"].every((end) => kept.some((r) => new URL(r.url).pathname.endsWith(end)));
+      }),
+    );
     for (const [route, ready] of [ROUTES.overview, ROUTES.list, ROUTES.feature, ROUTES.try]) {
       await go(page, route);
       await page.waitForSelector(ready);

@@ -3,7 +3,6 @@
 use leptos::prelude::*;
 use leptos::task::spawn_local;
 use wasm_bindgen::JsCast;
-use wasm_bindgen::closure::Closure;
 
 use super::context::{Ctx, ctx};
 use super::{feature, keys, list, overview, selftest, try_it};
@@ -206,28 +205,10 @@ fn restore_theme() {
 
 /// Keeps what was visited for when there is no connection. Browsers allow it on secure origins only.
 ///
-/// What the page fetched before its worker took over is fetched once more, through the worker.
+/// `index.html` sees to what was fetched before the worker took over.
 fn register_offline() {
-    if !window().is_secure_context() {
-        return;
+    if window().is_secure_context() {
+        // Without it everything works but a reload offline.
+        let _ = window().navigator().service_worker().register("./sw.js");
     }
-    let workers = window().navigator().service_worker();
-    let controller = js_sys::Reflect::get(&workers, &"controller".into());
-    if controller.is_ok_and(|c| c.is_null()) {
-        let again = Closure::once_into_js(|| {
-            let entries =
-                window().performance().map(|p| p.get_entries_by_type("resource")).unwrap_or_default();
-            for entry in entries.iter() {
-                if let Some(name) =
-                    js_sys::Reflect::get(&entry, &"name".into()).ok().and_then(|n| n.as_string())
-                {
-                    // Only to fill the cache; a failure changes nothing for the reader.
-                    let _ = window().fetch_with_str(&name);
-                }
-            }
-        });
-        let _ = workers.add_event_listener_with_callback("controllerchange", again.unchecked_ref());
-    }
-    // Without it everything works but a reload offline.
-    let _ = workers.register("./sw.js");
 }
