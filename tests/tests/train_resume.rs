@@ -5,10 +5,11 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use native::stop::StopFlag;
-use native::train::{VectorsFile, run};
+use native::train::{ActivationSource, VectorsFile, run};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use shared::config::resolve;
@@ -25,7 +26,7 @@ fn train_in_this_process() {
     else {
         return;
     };
-    let source = VectorsFile::open(Path::new(&vectors)).unwrap();
+    let source: Arc<dyn ActivationSource> = Arc::new(VectorsFile::open(Path::new(&vectors)).unwrap());
     run(&source, &resolve(&text, &[]).unwrap(), Path::new(&out), &StopFlag::default()).unwrap();
 }
 

@@ -3,25 +3,38 @@
 use std::fs;
 use std::io::Write;
 use std::path::PathBuf;
+use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use shared::config::harvest::HarvestConfig;
 use shared::config::train::TrainConfig;
 use shared::config::{Count, Override, resolve};
 use shared::tap::TapPoint;
 
+use crate::harvest::Live;
+use crate::model;
 use crate::stop::StopFlag;
-use crate::train::{ActivationSource, StoreTap, Summary, VectorsFile, run as train};
+use crate::train::{ActivationSource, LiveTap, StoreTap, Summary, VectorsFile, run as train};
 
 /// Arguments of `train`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// The store to train on, as written by `harvest`.
-    #[arg(long, value_name = "DIR", required_unless_present = "vectors")]
+    #[arg(long, value_name = "DIR", group = "data")]
     store: Option<PathBuf>,
     /// A safetensors file to train on instead of a store: `x [n, width]` f32, and optionally `held_out`.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["store", "tap"])]
+    #[arg(long, value_name = "FILE", group = "data", conflicts_with = "tap")]
     vectors: Option<PathBuf>,
-    /// Which tap of the store, such as resid.14; may be left out when there is only one.
+    /// Train straight from a language model, without a store: a configuration as `harvest --config` takes it.
+    ///
+    /// Vectors are shuffled in buckets of `bucket_vectors`; the model fills one while the autoencoder is trained on
+    /// another, so that two are in memory. Further passes over the data run the model again.
+    #[arg(long, value_name = "FILE", group = "data")]
+    harvest: Option<PathBuf>,
+    /// Set a key of the harvest, such as model=PATH, text=PATH or bucket_vectors=200k; wins over its file.
+    #[arg(long = "harvest-set", value_name = "KEY=VALUE", conflicts_with_all = ["store", "vectors"])]
+    harvest_set: Vec<String>,
+    /// Which tap, such as resid.14; may be left out when there is only one.
     #[arg(long)]
     tap: Option<TapPoint>,
     /// Where the autoencoder, log and checkpoints go; a run interrupted there goes on.
@@ -98,15 +111,39 @@ impl Args {
         config.check()?;
         Ok(config)
     }
+
+    fn live(&self, tap: Option<TapPoint>, stop: &StopFlag) -> Result<LiveTap> {
+        let text = match &self.harvest {
+            Some(path) => {
+                fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?
+            }
+            None if self.harvest_set.is_empty() => {
+                bail!("nothing to train on: give --store, --vectors, --harvest or --harvest-set")
+            }
+            None => String::new(),
+        };
+        let mut overrides = Vec::new();
+        for text in &self.harvest_set {
+            overrides.push(Override::parse(text)?);
+        }
+        let named = self.harvest.as_ref().map_or("harvest settings".to_owned(), |p| p.display().to_string());
+        let mut config: HarvestConfig = resolve(&text, &overrides).context(named)?;
+        if config.taps.is_empty() {
+            config.taps.extend(tap.map(|tap| tap.to_string()));
+        }
+        config.validate()?;
+        let loaded = model::load(config.model.as_ref())?;
+        LiveTap::new(Live::new(&config, loaded, tap, stop)?)
+    }
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     let config = args.resolve()?;
     let stop = StopFlag::from_signals()?;
-    let source: Box<dyn ActivationSource> = match (&args.vectors, &args.store) {
-        (Some(path), _) => Box::new(VectorsFile::open(path)?),
-        (None, Some(folder)) => Box::new(StoreTap::open(folder, config.tap)?),
-        (None, None) => anyhow::bail!("give --store or --vectors"),
+    let source: Arc<dyn ActivationSource> = match (&args.vectors, &args.store) {
+        (Some(path), _) => Arc::new(VectorsFile::open(path)?),
+        (None, Some(folder)) => Arc::new(StoreTap::open(folder, config.tap)?),
+        (None, None) => Arc::new(args.live(config.tap, &stop)?),
     };
     tracing::info!(
         "{} latents over {} values, {} steps of {} vectors from {}, on {} threads",
@@ -117,7 +154,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         source.n_vectors(),
         rayon::current_num_threads(),
     );
-    let summary = train(&*source, &config, &args.out, &stop)?;
+    let summary = train(&source, &config, &args.out, &stop)?;
     let mut stdout = std::io::stdout().lock();
     if args.json {
         serde_json::to_writer(&mut stdout, &summary)?;

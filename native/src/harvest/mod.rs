@@ -23,6 +23,8 @@ use crate::store::manifest::TokenizerInfo;
 use crate::store::{self, Manifest, Split, Store, Tokens};
 
 mod bucket;
+mod feed;
+mod live;
 mod partial;
 mod plan;
 mod random;
@@ -35,6 +37,7 @@ mod summary;
 mod tests;
 
 use bucket::Folders;
+pub use live::Live;
 use partial::{Half, Partial};
 use plan::{Bucket, Keep};
 use source::{ActivationModel, Encode};
@@ -125,13 +128,7 @@ fn refuse_other(config: &HarvestConfig, made: &HarvestConfig, out: &Path) -> Res
 pub fn run(config: &HarvestConfig, out: &Path, inputs: &Inputs<'_>, stop: &StopFlag) -> Result<Summary> {
     config.validate()?;
     let started = Instant::now();
-    let longest = inputs.model.context_length();
-    if config.sequence_length > longest {
-        let expected = format!("at most {longest}, the model's context");
-        return Err(ConfigError::value("sequence_length", config.sequence_length, expected).into());
-    }
-    let taps: Vec<_> = config.tap_points(inputs.model.n_layers())?;
-    let taps: Vec<_> = taps.into_iter().map(|point| (point, inputs.model.width(point.site))).collect();
+    let taps = taps(config, inputs.model)?;
     let folders = Folders { store: out.to_owned(), partial: out.join(PARTIAL) };
     let _lock = claim(&folders)?;
     let (mut partial, halves) = match Partial::read(out)? {
@@ -152,6 +149,17 @@ pub fn run(config: &HarvestConfig, out: &Path, inputs: &Inputs<'_>, stop: &StopF
     let (manifest, times) = run.finish(&mut partial).map_err(|error| summary::explain(error, &partial))?;
     remove_partial(out)?;
     Ok(Summary::new(&manifest, started.elapsed(), times.model, times.disk))
+}
+
+/// The taps `config` asks of `model`, ascending, with their widths.
+fn taps(config: &HarvestConfig, model: &dyn ActivationModel) -> Result<Vec<(TapPoint, usize)>> {
+    let longest = model.context_length();
+    if config.sequence_length > longest {
+        let expected = format!("at most {longest}, the model's context");
+        return Err(ConfigError::value("sequence_length", config.sequence_length, expected).into());
+    }
+    let points = config.tap_points(model.n_layers())?;
+    Ok(points.into_iter().map(|point| (point, model.width(point.site))).collect())
 }
 
 /// Makes the folder ours: it must be new, empty, or an unfinished store nobody else is writing.
@@ -211,16 +219,7 @@ fn begin(
     taps: Vec<(TapPoint, usize)>,
     stop: &StopFlag,
 ) -> Result<(Partial, [Tokens; 2])> {
-    let sources = crate::text::find(&config.text)?;
-    let bar = progress::bar(config.tokens.0, "tokenise", "tokens");
-    let corpus = sequences::collect(config, inputs.encode, &inputs.tokenizer, &sources, &bar, stop)?;
-    bar.finish_and_clear();
-    for (split, wanted) in Split::ALL.into_iter().zip(corpus.wanted) {
-        let found = corpus.halves[split as usize].n_sequences();
-        if found < wanted {
-            tracing::warn!("the text ends early: {found} of {wanted} {} sequences", split.folder());
-        }
-    }
+    let corpus = corpus(config, inputs.encode, &inputs.tokenizer, stop)?;
     let half = |split: Split| -> Result<Half> {
         let tokens = &corpus.halves[split as usize];
         let file = partial::write_tokens(&store::tokens_path(out, split), tokens)?;
@@ -242,6 +241,26 @@ fn begin(
     files::write_bytes(&out.join(CONFIG), shared::config::to_toml(config)?.as_bytes())?;
     partial.write(out)?;
     Ok((partial, corpus.halves))
+}
+
+/// The token sequences of both halves.
+fn corpus(
+    config: &HarvestConfig,
+    encode: &dyn Encode,
+    tokenizer: &TokenizerInfo,
+    stop: &StopFlag,
+) -> Result<sequences::Corpus> {
+    let sources = crate::text::find(&config.text)?;
+    let bar = progress::bar(config.tokens.0, "tokenise", "tokens");
+    let corpus = sequences::collect(config, encode, tokenizer, &sources, &bar, stop)?;
+    bar.finish_and_clear();
+    for (split, wanted) in Split::ALL.into_iter().zip(corpus.wanted) {
+        let found = corpus.halves[split as usize].n_sequences();
+        if found < wanted {
+            tracing::warn!("the text ends early: {found} of {wanted} {} sequences", split.folder());
+        }
+    }
+    Ok(corpus)
 }
 
 fn reread(out: &Path, partial: &Partial) -> Result<[Tokens; 2]> {
@@ -302,7 +321,7 @@ impl Run<'_> {
         bar: &ProgressBar,
         times: &mut Times,
     ) -> Result<()> {
-        let (tokens, length) = (&self.halves[split as usize], self.config.sequence_length);
+        let tokens = &self.halves[split as usize];
         let start = bucket.sequences.start;
         let count = |n: usize| keep.count(tokens, start..(start + n).min(bucket.sequences.end));
         let mut spool = spool::Spool::open(
@@ -314,7 +333,7 @@ impl Run<'_> {
         )?;
         // Batches begin where they would have begun without a stop, so that their arithmetic is the same.
         self.skip(bar, spool.n_sequences());
-        let points: Vec<_> = partial.taps.iter().map(|&(point, _)| point).collect();
+        let feed = feed::Feed { model: self.inputs.model, tokens, keep, taps: &partial.taps };
         while start + spool.n_sequences() < bucket.sequences.end {
             if self.stop.is_raised() {
                 spool.save()?;
@@ -323,34 +342,21 @@ impl Run<'_> {
             }
             let first = start + spool.n_sequences();
             let end = (first + self.config.batch).min(bucket.sequences.end);
-            let ids = &tokens.ids[first * length..end * length];
-            let rows: Vec<usize> = ids
-                .chunks_exact(length)
-                .enumerate()
-                .flat_map(|(i, sequence)| keep.positions(sequence).map(move |p| i * length + p as usize))
-                .collect();
-            let (before, mut disk, mut seen) = (Instant::now(), Duration::ZERO, vec![false; points.len()]);
-            self.inputs.model.activations(ids, length, &points, &mut |point, value| {
+            let (before, mut disk) = (Instant::now(), Duration::ZERO);
+            feed.run(first..end, &mut |tap, value, rows| {
                 let now = Instant::now();
-                let tap =
-                    points.binary_search(&point).ok().context("the model gave a tap nobody asked for")?;
-                value.expect_width("activations", partial.taps[tap].1)?;
-                ensure!(
-                    value.n_rows() == ids.len() && !seen[tap],
-                    "the model gave {} rows at {point}",
-                    value.n_rows()
-                );
-                seen[tap] = true;
-                let sequences = || format!("{point}, {} sequences {first}..{end}", split.folder());
-                spool.append(tap, value, &rows, self.config.dtype).with_context(sequences)?;
+                let place = || {
+                    let (point, _) = partial.taps[tap];
+                    format!("{point}, {} sequences {first}..{end}", split.folder())
+                };
+                spool.append(tap, value, rows, self.config.dtype).with_context(place)?;
                 disk += now.elapsed();
                 Ok(())
             })?;
-            ensure!(seen.iter().all(|s| *s), "the model did not give every tap asked for");
             times.model += before.elapsed().saturating_sub(disk);
             times.disk += disk;
             spool.advance(end - first)?;
-            bar.inc(ids.len() as u64);
+            bar.inc(((end - first) * self.config.sequence_length) as u64);
             bar.set_message(summary::shares(times.model, times.disk));
         }
         spool.save()

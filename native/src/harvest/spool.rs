@@ -110,19 +110,7 @@ impl Spool {
         dtype: StoreDtype,
     ) -> Result<()> {
         self.buffer.clear();
-        for &row in rows {
-            let values = value.row(row);
-            let finite = values.iter().all(|v| v.is_finite());
-            ensure!(
-                finite,
-                "the model's output at row {row} of the batch holds a value that is not a finite number"
-            );
-            let fits = encode(values, dtype, &mut self.buffer);
-            ensure!(
-                fits,
-                "a value at row {row} of the batch does not fit {dtype:?}: set dtype to bf16 or f32"
-            );
-        }
+        encode(value, rows, dtype, &mut self.buffer)?;
         let column = &mut self.columns[tap];
         column.file.write_all(&self.buffer).with_context(|| format!("cannot write {}", column.path.display()))
     }
@@ -157,18 +145,35 @@ pub(super) fn clear(folder: &Path, taps: &[(TapPoint, usize)]) -> Result<()> {
     Ok(())
 }
 
-/// Appends `values` as `dtype`; false when one leaves the range of the type.
-fn encode(values: &[f32], dtype: StoreDtype, bytes: &mut Vec<u8>) -> bool {
-    match dtype {
-        StoreDtype::F32 => bytes.extend(values.iter().flat_map(|v| v.to_le_bytes())),
-        StoreDtype::Bf16 => bytes.extend(values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes())),
-        StoreDtype::F16 => bytes.extend(values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes())),
+/// Appends the rows of `value` that `rows` names as values of `dtype`.
+///
+/// # Errors
+/// If a value is not finite, in the model's output or after rounding to `dtype`.
+pub(super) fn encode(value: Rows<'_>, rows: &[usize], dtype: StoreDtype, bytes: &mut Vec<u8>) -> Result<()> {
+    for &row in rows {
+        let values = value.row(row);
+        let finite = values.iter().all(|v| v.is_finite());
+        ensure!(
+            finite,
+            "the model's output at row {row} of the batch holds a value that is not a finite number"
+        );
+        let fits = match dtype {
+            StoreDtype::F32 => {
+                bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+                true
+            }
+            StoreDtype::Bf16 => {
+                bytes.extend(values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()));
+                values.iter().all(|v| bf16::from_f32(*v).is_finite())
+            }
+            StoreDtype::F16 => {
+                bytes.extend(values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()));
+                values.iter().all(|v| f16::from_f32(*v).is_finite())
+            }
+        };
+        ensure!(fits, "a value at row {row} of the batch does not fit {dtype:?}: set dtype to bf16 or f32");
     }
-    match dtype {
-        StoreDtype::F32 => true,
-        StoreDtype::Bf16 => values.iter().all(|v| bf16::from_f32(*v).is_finite()),
-        StoreDtype::F16 => values.iter().all(|v| f16::from_f32(*v).is_finite()),
-    }
+    Ok(())
 }
 
 /// Reads rows `wanted` of a spool file into `rows`, in the order wanted. The file is read front to back.

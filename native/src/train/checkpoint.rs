@@ -18,6 +18,7 @@ use shared::config::train::TrainConfig;
 use shared::metrics::Dead;
 
 use super::guard::Guard;
+use super::normalise::Normalisation;
 use super::order::Position;
 use super::params::{Moments, Params};
 use super::step::Trainer;
@@ -34,7 +35,12 @@ pub struct State {
     pub guard: Guard,
     /// When each latent last fired.
     pub dead: Dead,
+    /// The scale of the data, as measured at the start.
+    pub normalisation: Normalisation,
 }
+
+/// The version of the file.
+const VERSION: u32 = 2;
 
 /// What the header of a checkpoint says.
 #[derive(Serialize, Deserialize)]
@@ -73,7 +79,7 @@ pub fn path(out: &Path) -> PathBuf {
 /// If the disk refuses; the last checkpoint is then untouched.
 pub fn save(out: &Path, state: &State, identity: &Value) -> Result<()> {
     let header = Header {
-        version: 1,
+        version: VERSION,
         d_in: state.trainer.params.d_in,
         step: state.trainer.step,
         rows_seen: state.dead.n_rows(),
@@ -106,6 +112,9 @@ pub fn save(out: &Path, state: &State, identity: &Value) -> Result<()> {
     for (name, values) in integers {
         views.push((name, TensorView::new(Dtype::U64, vec![values.len()], bytemuck::cast_slice(values))?));
     }
+    let Normalisation { scale, mean, limit } = &state.normalisation;
+    let data: Vec<f64> = [*scale, *limit].iter().chain(mean).copied().collect();
+    views.push(("data", TensorView::new(Dtype::F64, vec![data.len()], bytemuck::cast_slice(&data))?));
     let metadata = HashMap::from([("state".to_owned(), serde_json::to_string(&header)?)]);
     let bytes = safetensors::serialize(views, Some(metadata))?;
     write_atomic(&path(out), |w| w.write_all(&bytes))
@@ -130,7 +139,7 @@ fn read(bytes: &[u8], config: &TrainConfig, d_in: usize, identity: &Value) -> Re
     let (_, metadata) = SafeTensors::read_metadata(bytes)?;
     let text = metadata.metadata().as_ref().and_then(|m| m.get("state")).context("it has no `state`")?;
     let header: Header = serde_json::from_str(text).context("its `state` cannot be read")?;
-    ensure!(header.version == 1, "it is of version {}, expected 1", header.version);
+    ensure!(header.version == VERSION, "it is of version {}, expected {VERSION}", header.version);
     if header.identity != *identity {
         bail!("it belongs to another run: {}", difference(&header.identity, identity));
     }
@@ -157,11 +166,15 @@ fn read(bytes: &[u8], config: &TrainConfig, d_in: usize, identity: &Value) -> Re
         weights_step: integers("weights_step")?,
         threshold_step: integers("threshold_step")?,
     };
+    let data: Vec<f64> = tensor(&file, "data", Dtype::F64, d_in + 2)?;
+    let (&scale, &limit) = data.first().zip(data.get(1)).context("its `data` is empty")?;
+    let normalisation = Normalisation { scale, mean: data[2..].to_vec(), limit };
     Ok(State {
         trainer: Trainer { params, moments, step: header.step },
         position: header.position,
         guard: header.guard,
         dead: Dead::resume(header.rows_seen, integers("last_fired")?)?,
+        normalisation,
     })
 }
 
@@ -223,6 +236,7 @@ mod tests {
             position: Position { epoch: 1, shard: 2, row: 3 },
             guard: Guard::default(),
             dead: Dead::resume(100, vec![100, 0, 50]).unwrap(),
+            normalisation: Normalisation { scale: 0.1, mean: vec![0.3, -0.1], limit: f64::INFINITY },
         }
     }
 

@@ -34,6 +34,8 @@ pub struct Line {
     pub skipped: u64,
     /// Training speed; not part of what resuming reproduces.
     pub tokens_per_s: f64,
+    /// Share of the time spent waiting for data; not part of what resuming reproduces either.
+    pub waiting: f64,
 }
 
 /// Appends lines to a file.
@@ -102,6 +104,7 @@ mod tests {
             lr: 1e-3,
             skipped: 0,
             tokens_per_s: 1.0,
+            waiting: 0.0,
         };
         let mut log = Log::open(&path, 0).unwrap();
         for step in [10, 20, 30] {

@@ -7,7 +7,7 @@
 
 use anyhow::{Result, ensure};
 
-use super::source::ActivationSource;
+use super::source::{ActivationSource, Statistics};
 
 /// How raw vectors become training rows.
 #[derive(Debug, Clone, PartialEq)]
@@ -28,8 +28,8 @@ impl Normalisation {
     /// If the shard cannot be read, or holds nothing but zeros.
     pub fn measure(source: &dyn ActivationSource, max_norm: f64) -> Result<Self> {
         if max_norm <= 0.0 {
-            let mean = source.mean().iter().map(|&m| f64::from(m)).collect();
-            return Ok(Self { scale: source.scale(), mean, limit: f64::INFINITY });
+            let Statistics { scale, mean } = source.statistics()?;
+            return Ok(Self { scale, mean, limit: f64::INFINITY });
         }
         let vectors = source.read(0)?;
         let width = source.width();
@@ -37,18 +37,7 @@ impl Normalisation {
         ensure!(!norms.is_empty(), "the first shard holds no vectors");
         let middle = norms.len() / 2;
         let limit = max_norm * *norms.select_nth_unstable_by(middle, f64::total_cmp).1;
-        let (mut mean, mut squares, mut n) = (vec![0.0f64; width], 0.0, 0.0);
-        for row in vectors.chunks_exact(width) {
-            let norm = norm(row);
-            if norm <= limit {
-                mean.iter_mut().zip(row).for_each(|(mean, &v)| *mean += f64::from(v));
-                squares += norm * norm;
-                n += 1.0;
-            }
-        }
-        mean.iter_mut().for_each(|mean| *mean /= n);
-        let scale = (squares / n).sqrt();
-        ensure!(scale > 0.0 && scale.is_finite(), "the first shard's vectors have norm {scale}");
+        let Statistics { scale, mean } = Statistics::of(&vectors, width, |row| norm(row) <= limit)?;
         Ok(Self { scale, mean, limit })
     }
 

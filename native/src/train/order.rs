@@ -3,7 +3,11 @@
 //! Both follow from the seed, the epoch and the shard alone, so a position is three numbers and resuming
 //! needs nothing else.
 
-use anyhow::{Result, ensure};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, ensure};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
@@ -24,32 +28,56 @@ pub struct Position {
     pub row: usize,
 }
 
-/// Endless batches of normalised rows from a source, in a seeded order, from any position.
+/// The vectors of a shard, raw, and the order of those that are trained on.
+type Loaded = (Arc<Vec<f32>>, Vec<u32>);
+
+/// Batches of normalised rows from a source, in a seeded order, from any position. While one shard is used, the next is
+/// read on another thread.
 pub struct Batches<'a> {
-    source: &'a dyn ActivationSource,
+    source: Arc<dyn ActivationSource>,
     normalisation: &'a Normalisation,
     seed: u64,
     position: Position,
-    /// Vectors of the current shard and the order of its rows, once loaded.
-    loaded: Option<(Vec<f32>, Vec<u32>)>,
+    loaded: Option<Loaded>,
+    /// The shard being read ahead of time.
+    ahead: Option<(usize, JoinHandle<Result<Arc<Vec<f32>>>>)>,
+    /// Rows that will still be asked for: what lies beyond is not read ahead.
+    rows_left: u64,
+    waited: Duration,
 }
 
 impl<'a> Batches<'a> {
-    /// Starts at `position`.
+    /// Starts at `position`; about `n_rows` rows will be asked for.
     #[must_use]
     pub fn new(
-        source: &'a dyn ActivationSource,
+        source: &Arc<dyn ActivationSource>,
         normalisation: &'a Normalisation,
         seed: u64,
         position: Position,
+        n_rows: u64,
     ) -> Self {
-        Self { source, normalisation, seed, position, loaded: None }
+        Self {
+            source: Arc::clone(source),
+            normalisation,
+            seed,
+            position,
+            loaded: None,
+            ahead: None,
+            rows_left: n_rows,
+            waited: Duration::ZERO,
+        }
     }
 
     /// The position after the last batch.
     #[must_use]
     pub fn position(&self) -> Position {
         self.position
+    }
+
+    /// How long batches have waited for data so far.
+    #[must_use]
+    pub fn waited(&self) -> Duration {
+        self.waited
     }
 
     /// Fills `out` with `n_rows` rows divided by the scalar C; outliers are passed over.
@@ -79,26 +107,47 @@ impl<'a> Batches<'a> {
             if end < rows.len() {
                 self.loaded = Some((vectors, rows));
             } else {
-                self.advance();
+                self.position = self.after(self.position);
             }
         }
+        self.rows_left = self.rows_left.saturating_sub(n_rows as u64);
         Ok(())
     }
 
-    fn advance(&mut self) {
-        self.position.row = 0;
-        self.position.shard += 1;
-        if self.position.shard >= self.source.n_shards() {
-            self.position = Position { epoch: self.position.epoch + 1, ..Position::default() };
+    /// The beginning of the shard after the one of `position`.
+    fn after(&self, position: Position) -> Position {
+        if position.shard + 1 < self.source.n_shards() {
+            Position { shard: position.shard + 1, row: 0, ..position }
+        } else {
+            Position { epoch: position.epoch + 1, ..Position::default() }
         }
     }
 
-    fn load(&self) -> Result<(Vec<f32>, Vec<u32>)> {
+    /// The number of the shard at `position`. The first of all is shard 0, whose statistics have been taken: a source that
+    /// makes its shards need not make it twice.
+    fn shard(&self, position: Position) -> Result<usize> {
         let mut shards: Vec<usize> = (0..self.source.n_shards()).collect();
-        ensure!(self.position.shard < shards.len(), "there is no shard {} to train on", self.position.shard);
-        shards.shuffle(&mut self.rng(u64::MAX));
-        let shard = shards[self.position.shard];
-        let vectors = self.source.read(shard)?;
+        shards.shuffle(&mut self.rng(position.epoch, u64::MAX));
+        if position.epoch == 0
+            && let Some(place) = shards.iter().position(|&shard| shard == 0)
+        {
+            shards[..=place].rotate_right(1);
+        }
+        let shard = shards.get(position.shard).copied();
+        shard.with_context(|| format!("there is no shard {} to train on", position.shard))
+    }
+
+    /// The vectors of the current shard: read ahead, or else now. Starts reading the next.
+    fn load(&mut self) -> Result<Loaded> {
+        let shard = self.shard(self.position)?;
+        let started = Instant::now();
+        let vectors = match self.ahead.take() {
+            Some((ahead, reading)) if ahead == shard => {
+                reading.join().map_err(|_| anyhow!("reading shard {shard} failed"))??
+            }
+            _ => self.source.read(shard)?,
+        };
+        self.waited += started.elapsed();
         let width = self.source.width();
         ensure!(
             !vectors.is_empty() && vectors.len().is_multiple_of(width),
@@ -110,15 +159,20 @@ impl<'a> Batches<'a> {
             .filter(|(_, vector)| self.normalisation.keeps(vector))
             .map(|(row, _)| row)
             .collect();
-        rows.shuffle(&mut self.rng(shard as u64));
+        rows.shuffle(&mut self.rng(self.position.epoch, shard as u64));
+        if ((rows.len() - self.position.row.min(rows.len())) as u64) < self.rows_left {
+            let next = self.shard(self.after(self.position))?;
+            let source = Arc::clone(&self.source);
+            self.ahead = Some((next, thread::spawn(move || source.read(next))));
+        }
         Ok((vectors, rows))
     }
 
-    /// A generator for this epoch and `stream`.
-    fn rng(&self, stream: u64) -> ChaCha8Rng {
+    /// A generator for `epoch` and `stream`.
+    fn rng(&self, epoch: u64, stream: u64) -> ChaCha8Rng {
         let mut seed = [0u8; 32];
         seed[..8].copy_from_slice(&self.seed.to_le_bytes());
-        seed[8..16].copy_from_slice(&self.position.epoch.to_le_bytes());
+        seed[8..16].copy_from_slice(&epoch.to_le_bytes());
         seed[16..24].copy_from_slice(&stream.to_le_bytes());
         ChaCha8Rng::from_seed(seed)
     }
@@ -126,6 +180,7 @@ impl<'a> Batches<'a> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::source::Statistics;
     use super::*;
     use serde_json::Value;
     use shared::format::SaeMetadata;
@@ -137,20 +192,17 @@ mod tests {
         fn width(&self) -> usize {
             2
         }
-        fn scale(&self) -> f64 {
-            0.5
-        }
-        fn mean(&self) -> &[f32] {
-            &[0.0; 2]
-        }
         fn n_vectors(&self) -> u64 {
             12
         }
         fn n_shards(&self) -> usize {
             3
         }
-        fn read(&self, shard: usize) -> Result<Vec<f32>> {
-            Ok((0..[4, 3, 5][shard]).flat_map(|row| [(10 * shard + row) as f32; 2]).collect())
+        fn read(&self, shard: usize) -> Result<Arc<Vec<f32>>> {
+            Ok(Arc::new((0..[4, 3, 5][shard]).flat_map(|row| [(10 * shard + row) as f32; 2]).collect()))
+        }
+        fn statistics(&self) -> Result<Statistics> {
+            Ok(Statistics { scale: 0.5, mean: vec![0.0; 2] })
         }
         fn held_out(&self, _: usize) -> Result<Vec<f32>> {
             Ok(Vec::new())
@@ -161,6 +213,10 @@ mod tests {
         fn metadata(&self) -> SaeMetadata {
             SaeMetadata::default()
         }
+    }
+
+    fn three() -> Arc<dyn ActivationSource> {
+        Arc::new(Three(Value::Null))
     }
 
     fn plain() -> Normalisation {
@@ -175,32 +231,33 @@ mod tests {
 
     #[test]
     fn every_epoch_holds_every_row_once_in_another_order() {
-        let (source, plain) = (Three(Value::Null), plain());
-        let mut batches = Batches::new(&source, &plain, 1, Position::default());
+        let (source, plain) = (three(), plain());
+        let mut batches = Batches::new(&source, &plain, 1, Position::default(), 100);
         let (first, second) = (rows(&mut batches, 12), rows(&mut batches, 12));
         assert_ne!(first, second);
+        assert!(first[..4].iter().all(|row| *row < 4.0), "the first shard comes first: {first:?}");
         for mut epoch in [first, second] {
             epoch.sort_by(f32::total_cmp);
             assert_eq!(epoch, [0.0, 1.0, 2.0, 3.0, 10.0, 11.0, 12.0, 20.0, 21.0, 22.0, 23.0, 24.0]);
         }
         assert_eq!(batches.position(), Position { epoch: 2, shard: 0, row: 0 });
-        assert_ne!(rows(&mut Batches::new(&source, &plain, 2, Position::default()), 12), {
-            rows(&mut Batches::new(&source, &plain, 1, Position::default()), 12)
+        assert_ne!(rows(&mut Batches::new(&source, &plain, 2, Position::default(), 100), 12), {
+            rows(&mut Batches::new(&source, &plain, 1, Position::default(), 100), 12)
         });
     }
 
     #[test]
     fn outliers_are_passed_over() {
-        let source = Three(Value::Null);
+        let source = three();
         let some = Normalisation { limit: 15.0, ..plain() };
-        let mut epoch = rows(&mut Batches::new(&source, &some, 1, Position::default()), 5);
+        let mut epoch = rows(&mut Batches::new(&source, &some, 1, Position::default(), 100), 5);
         epoch.sort_by(f32::total_cmp);
         assert_eq!(epoch, [0.0, 1.0, 2.0, 3.0, 10.0]);
         let none = Normalisation { limit: -1.0, ..plain() };
-        assert!(Batches::new(&source, &none, 1, Position::default()).fill(1, &mut Vec::new()).is_err());
+        assert!(Batches::new(&source, &none, 1, Position::default(), 100).fill(1, &mut Vec::new()).is_err());
 
         // The first shard has norms 0, 1, 2, 3 times √2; the upper median is 2.
-        let measured = Normalisation::measure(&source, 1.25).unwrap();
+        let measured = Normalisation::measure(&*source, 1.25).unwrap();
         assert!((measured.limit - 2.5 * 2f64.sqrt()).abs() < 1e-9);
         assert_eq!(measured.mean, [1.0, 1.0]);
         assert!((measured.scale - (10.0f64 / 3.0).sqrt()).abs() < 1e-9);
@@ -208,13 +265,13 @@ mod tests {
 
     #[test]
     fn any_position_can_be_resumed() {
-        let (source, plain) = (Three(Value::Null), plain());
-        let mut whole = Batches::new(&source, &plain, 7, Position::default());
+        let (source, plain) = (three(), plain());
+        let mut whole = Batches::new(&source, &plain, 7, Position::default(), 100);
         let all = rows(&mut whole, 40);
         let mut done = 0;
         let mut position = Position::default();
         for n in [1, 5, 2, 9, 11, 12] {
-            let mut part = Batches::new(&source, &plain, 7, position);
+            let mut part = Batches::new(&source, &plain, 7, position, 100);
             assert_eq!(rows(&mut part, n), all[done..done + n]);
             (done, position) = (done + n, part.position());
         }

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -74,7 +75,7 @@ struct RunFile {
 /// If data cannot be read, the folder belongs to another run, too many batches are bad, the disk refuses, or
 /// a stop was asked for ([`Stopped`], after a checkpoint).
 pub fn run(
-    source: &dyn ActivationSource,
+    source: &Arc<dyn ActivationSource>,
     config: &TrainConfig,
     out: &Path,
     stop: &StopFlag,
@@ -85,8 +86,7 @@ pub fn run(
         tracing::info!("{} is already trained with this configuration and data", out.display());
         return Ok(summary);
     }
-    let normalisation = Normalisation::measure(source, config.max_norm)?;
-    let mut run = Run::start(source, &normalisation, config, out, identity)?;
+    let mut run = Run::start(source, config, out, identity)?;
     write_bytes(&out.join("config.toml"), to_toml(config)?.as_bytes())?;
     run.train(stop)?;
     run.finish()
@@ -108,8 +108,8 @@ fn finished(out: &Path, identity: &Value) -> Result<Option<Summary>> {
 }
 
 struct Run<'a> {
-    source: &'a dyn ActivationSource,
-    normalisation: &'a Normalisation,
+    source: &'a Arc<dyn ActivationSource>,
+    normalisation: Normalisation,
     config: &'a TrainConfig,
     out: PathBuf,
     identity: Value,
@@ -121,8 +121,7 @@ struct Run<'a> {
 
 impl<'a> Run<'a> {
     fn start(
-        source: &'a dyn ActivationSource,
-        normalisation: &'a Normalisation,
+        source: &'a Arc<dyn ActivationSource>,
         config: &'a TrainConfig,
         out: &Path,
         identity: Value,
@@ -133,21 +132,24 @@ impl<'a> Run<'a> {
                 state
             }
             None => {
+                let normalisation = Normalisation::measure(&**source, config.max_norm)?;
                 let mut sample = Vec::new();
                 let rows = usize::try_from(source.n_vectors())?.min(init::SAMPLE_ROWS);
-                Batches::new(source, normalisation, config.seed, Position::default())
+                Batches::new(source, &normalisation, config.seed, Position::default(), rows as u64)
                     .fill(rows, &mut sample)?;
                 State {
-                    trainer: Trainer::new(init::params(config, normalisation, &sample)?),
+                    trainer: Trainer::new(init::params(config, &normalisation, &sample)?),
                     position: Position::default(),
                     guard: Guard::default(),
                     dead: Dead::new(config.width),
+                    normalisation,
                 }
             }
         };
         let log = Log::open(&out.join("log.jsonl"), state.trainer.step)?;
         let first_step = state.trainer.step;
         let (out, started) = (out.to_owned(), Instant::now());
+        let normalisation = state.normalisation.clone();
         Ok(Self { source, normalisation, config, out, identity, state, log, started, first_step })
     }
 
@@ -156,12 +158,19 @@ impl<'a> Run<'a> {
         let bar = progress::bar(total * self.config.batch as u64, "train", "tokens");
         bar.set_position(self.state.trainer.step * self.config.batch as u64);
         bar.reset_eta();
+        let normalisation = self.normalisation.clone();
+        let left = (total - self.state.trainer.step) * self.config.batch as u64;
         let mut batches =
-            Batches::new(self.source, self.normalisation, self.config.seed, self.state.position);
-        let (mut x, mut interval) = (Vec::new(), Interval::new(self.state.trainer.step));
+            Batches::new(self.source, &normalisation, self.config.seed, self.state.position, left);
+        let (mut x, mut interval) = (Vec::new(), Interval::new(self.state.trainer.step, Duration::ZERO));
         let mut saved = Instant::now();
         while self.state.trainer.step < total {
-            batches.fill(self.config.batch, &mut x)?;
+            if let Err(error) = batches.fill(self.config.batch, &mut x) {
+                // The data failed, not the run: what was learned so far is kept.
+                checkpoint::save(&self.out, &self.state, &self.identity)?;
+                bar.abandon();
+                return Err(error);
+            }
             let settings = settings(self.config, self.state.trainer.step);
             let forward = self.state.trainer.forward(Rows::new(&x, self.source.width())?, &settings)?;
             self.state.position = batches.position();
@@ -173,7 +182,7 @@ impl<'a> Run<'a> {
             }
             let step = self.state.trainer.step;
             if step.is_multiple_of(self.config.log_every) || step == total {
-                self.write_line(&mut interval, &settings, &bar)?;
+                self.write_line(&mut interval, &settings, batches.waited(), &bar)?;
             }
             let stopping = stop.is_raised();
             let due = saved.elapsed() > Duration::from_secs_f64(60.0 * self.config.checkpoint_minutes);
@@ -190,7 +199,13 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    fn write_line(&mut self, interval: &mut Interval, settings: &Settings, bar: &ProgressBar) -> Result<()> {
+    fn write_line(
+        &mut self,
+        interval: &mut Interval,
+        settings: &Settings,
+        waited: Duration,
+        bar: &ProgressBar,
+    ) -> Result<()> {
         let State { trainer, guard, dead, .. } = &self.state;
         if interval.n_steps > 0 {
             let line = interval.line(
@@ -200,16 +215,18 @@ impl<'a> Run<'a> {
                 self.config,
                 guard.skipped,
                 trainer.step,
+                waited,
             );
             bar.set_message(format!(
-                "L0 {:.1} · FVU {:.3} · dead {:.1} %",
+                "L0 {:.1} · FVU {:.3} · dead {:.1} % · waits for data {:.0} %",
                 line.l0,
                 line.fvu,
-                100.0 * line.dead
+                100.0 * line.dead,
+                100.0 * line.waiting
             ));
             self.log.write(&line)?;
         }
-        *interval = Interval::new(trainer.step);
+        *interval = Interval::new(trainer.step, waited);
         Ok(())
     }
 
@@ -291,6 +308,7 @@ impl<'a> Run<'a> {
 /// Sums since the last line of the log.
 struct Interval {
     started: Instant,
+    waited: Duration,
     first_step: u64,
     n_steps: u64,
     loss: f64,
@@ -300,8 +318,9 @@ struct Interval {
 }
 
 impl Interval {
-    fn new(first_step: u64) -> Self {
-        Self { started: Instant::now(), first_step, n_steps: 0, loss: 0.0, mse: 0.0, l0: 0.0, lambda: 0.0 }
+    fn new(first_step: u64, waited: Duration) -> Self {
+        let started = Instant::now();
+        Self { started, waited, first_step, n_steps: 0, loss: 0.0, mse: 0.0, l0: 0.0, lambda: 0.0 }
     }
 
     fn add(&mut self, forward: &Forward, settings: &Settings) {
@@ -321,7 +340,9 @@ impl Interval {
         config: &TrainConfig,
         skipped: u64,
         step: u64,
+        waited: Duration,
     ) -> Line {
+        let seconds = self.started.elapsed().as_secs_f64().max(1e-9);
         #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^53")]
         let (n, rows) = (self.n_steps as f64, ((step - self.first_step) * config.batch as u64) as f64);
         Line {
@@ -335,7 +356,8 @@ impl Interval {
             lambda: self.lambda / n,
             lr: settings.lr,
             skipped,
-            tokens_per_s: rows / self.started.elapsed().as_secs_f64().max(1e-9),
+            tokens_per_s: rows / seconds,
+            waiting: (waited - self.waited).as_secs_f64() / seconds,
         }
     }
 }

@@ -1,25 +1,55 @@
-//! Where activation vectors come from: a store's tap, or one safetensors file.
+//! Where activation vectors come from: the seam, its statistics, and the tap of a store.
+//!
+//! [`super::vectors`] is one safetensors file, [`super::live`] a language model.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::Arc;
 
-use anyhow::{Context, Result, ensure};
-use safetensors::{Dtype, SafeTensors};
+use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 use shared::format::SaeMetadata;
 use shared::tap::TapPoint;
 
-use crate::files::{sha256, sha256_file};
+use crate::files::sha256_file;
 use crate::store::{MANIFEST, Split, Store};
 
-/// Shards of raw activation vectors, with what training needs to know of them as a whole.
-pub trait ActivationSource {
+/// Length and mean of raw vectors as a whole.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Statistics {
+    /// The scalar C with C² = mean ‖x‖².
+    pub scale: f64,
+    /// The mean vector `[width]`.
+    pub mean: Vec<f64>,
+}
+
+impl Statistics {
+    /// The statistics of those rows of `vectors` that `keeps` lets through.
+    ///
+    /// # Errors
+    /// If no row is left, or none that is not zero.
+    pub fn of(vectors: &[f32], width: usize, keeps: impl Fn(&[f32]) -> bool) -> Result<Self> {
+        let (mut mean, mut squares, mut n) = (vec![0.0f64; width], 0.0f64, 0.0f64);
+        for row in vectors.chunks_exact(width).filter(|row| keeps(row)) {
+            for (mean, &v) in mean.iter_mut().zip(row) {
+                *mean += f64::from(v);
+                squares += f64::from(v) * f64::from(v);
+            }
+            n += 1.0;
+        }
+        let scale = (squares / n).sqrt();
+        ensure!(
+            scale > 0.0 && scale.is_finite(),
+            "{n} vectors of root mean squared norm {scale} teach nothing"
+        );
+        mean.iter_mut().for_each(|mean| *mean /= n);
+        Ok(Self { scale, mean })
+    }
+}
+
+/// Shards of raw activation vectors, with what training needs to know of them as a whole. Several threads may read.
+pub trait ActivationSource: Send + Sync {
     /// Values of a vector.
     fn width(&self) -> usize;
-    /// The scalar C with C² = mean ‖x‖².
-    fn scale(&self) -> f64;
-    /// The mean vector `[width]`.
-    fn mean(&self) -> &[f32];
     /// Training vectors in all.
     fn n_vectors(&self) -> u64;
     /// Training shards.
@@ -27,8 +57,13 @@ pub trait ActivationSource {
     /// The raw vectors of one training shard, row-major.
     ///
     /// # Errors
-    /// If the shard is missing, damaged or of another shape.
-    fn read(&self, shard: usize) -> Result<Vec<f32>>;
+    /// If the shard is missing, damaged or of another shape, or cannot be made.
+    fn read(&self, shard: usize) -> Result<Arc<Vec<f32>>>;
+    /// The statistics of all training vectors, as far as they are known without reading more than one shard.
+    ///
+    /// # Errors
+    /// As [`ActivationSource::read`].
+    fn statistics(&self) -> Result<Statistics>;
     /// Raw vectors that are never trained on, at most `limit` of them; empty when there are none.
     ///
     /// # Errors
@@ -46,8 +81,7 @@ pub struct StoreTap {
     store: Store,
     point: TapPoint,
     width: usize,
-    scale: f64,
-    mean: Vec<f32>,
+    statistics: Statistics,
     provenance: Value,
 }
 
@@ -74,23 +108,15 @@ impl StoreTap {
         let (width, scale) = (tap.width, tap.scale);
         ensure!(store.n_vectors(Split::Train) > 0, "{} holds no training vectors", folder.display());
         let manifest = sha256_file(&folder.join(MANIFEST))?;
-        let mean = store.mean(point)?;
+        let mean = store.mean(point)?.into_iter().map(f64::from).collect();
         let provenance = json!({ "store_manifest_sha256": manifest, "tap": point.to_string() });
-        Ok(Self { store, point, width, scale, mean, provenance })
+        Ok(Self { store, point, width, statistics: Statistics { scale, mean }, provenance })
     }
 }
 
 impl ActivationSource for StoreTap {
     fn width(&self) -> usize {
         self.width
-    }
-
-    fn scale(&self) -> f64 {
-        self.scale
-    }
-
-    fn mean(&self) -> &[f32] {
-        &self.mean
     }
 
     fn n_vectors(&self) -> u64 {
@@ -101,8 +127,12 @@ impl ActivationSource for StoreTap {
         self.store.n_shards(Split::Train)
     }
 
-    fn read(&self, shard: usize) -> Result<Vec<f32>> {
-        Ok(self.store.read_shard(self.point, Split::Train, shard)?.vectors)
+    fn read(&self, shard: usize) -> Result<Arc<Vec<f32>>> {
+        Ok(Arc::new(self.store.read_shard(self.point, Split::Train, shard)?.vectors))
+    }
+
+    fn statistics(&self) -> Result<Statistics> {
+        Ok(self.statistics.clone())
     }
 
     fn held_out(&self, limit: usize) -> Result<Vec<f32>> {
@@ -131,105 +161,4 @@ impl ActivationSource for StoreTap {
             ..SaeMetadata::default()
         }
     }
-}
-
-/// Vectors of one safetensors file: tensor `x [n, width]` in f32, and optionally `held_out [m, width]`.
-#[derive(Debug)]
-pub struct VectorsFile {
-    path: PathBuf,
-    vectors: Vec<f32>,
-    held_out: Vec<f32>,
-    width: usize,
-    scale: f64,
-    mean: Vec<f32>,
-    provenance: Value,
-}
-
-impl VectorsFile {
-    /// Reads the file; C and the mean are taken over `x`.
-    ///
-    /// # Errors
-    /// If the file is not safetensors, or the tensors are missing, not f32, not matrices of one width, empty,
-    /// or hold a value that is not finite.
-    pub fn open(path: &Path) -> Result<Self> {
-        let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-        let file = SafeTensors::deserialize(&bytes)
-            .with_context(|| format!("{} is not a safetensors file", path.display()))?;
-        let (vectors, width) = matrix(&file, "x").with_context(|| path.display().to_string())?;
-        let mut held_out = Vec::new();
-        if file.names().contains(&"held_out") {
-            let (rows, held_width) = matrix(&file, "held_out").with_context(|| path.display().to_string())?;
-            ensure!(held_width == width, "{}: held_out is {held_width} wide, x {width}", path.display());
-            held_out = rows;
-        }
-        let mut mean = vec![0.0f64; width];
-        let mut squares = 0.0f64;
-        for row in vectors.chunks_exact(width) {
-            for (mean, &v) in mean.iter_mut().zip(row) {
-                *mean += f64::from(v);
-                squares += f64::from(v) * f64::from(v);
-            }
-        }
-        #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^53")]
-        let n = (vectors.len() / width) as f64;
-        let scale = (squares / n).sqrt();
-        ensure!(scale > 0.0, "{}: every vector of x is zero", path.display());
-        #[expect(clippy::cast_possible_truncation, reason = "activations are f32")]
-        let mean = mean.into_iter().map(|m| (m / n) as f32).collect();
-        let provenance = json!({ "vectors_sha256": sha256(&bytes) });
-        Ok(Self { path: path.to_owned(), vectors, held_out, width, scale, mean, provenance })
-    }
-}
-
-impl ActivationSource for VectorsFile {
-    fn width(&self) -> usize {
-        self.width
-    }
-
-    fn scale(&self) -> f64 {
-        self.scale
-    }
-
-    fn mean(&self) -> &[f32] {
-        &self.mean
-    }
-
-    fn n_vectors(&self) -> u64 {
-        (self.vectors.len() / self.width) as u64
-    }
-
-    fn n_shards(&self) -> usize {
-        1
-    }
-
-    fn read(&self, shard: usize) -> Result<Vec<f32>> {
-        ensure!(shard == 0, "{} is one shard, not {}", self.path.display(), shard + 1);
-        Ok(self.vectors.clone())
-    }
-
-    fn held_out(&self, limit: usize) -> Result<Vec<f32>> {
-        Ok(self.held_out[..self.held_out.len().min(limit * self.width)].to_vec())
-    }
-
-    fn provenance(&self) -> &Value {
-        &self.provenance
-    }
-
-    fn metadata(&self) -> SaeMetadata {
-        SaeMetadata::default()
-    }
-}
-
-fn matrix(file: &SafeTensors<'_>, name: &str) -> Result<(Vec<f32>, usize)> {
-    let tensor = file.tensor(name).with_context(|| format!("has no tensor `{name}`"))?;
-    ensure!(tensor.dtype() == Dtype::F32, "tensor `{name}` is {:?}, expected F32", tensor.dtype());
-    let &[n, width] = tensor.shape() else {
-        anyhow::bail!("tensor `{name}` has shape {:?}, expected [n, width]", tensor.shape());
-    };
-    ensure!(n > 0 && width > 0, "tensor `{name}` has shape [{n}, {width}], which holds nothing");
-    let values: Vec<f32> =
-        tensor.data().chunks_exact(size_of::<f32>()).map(bytemuck::pod_read_unaligned).collect();
-    let finite = values.iter().position(|v| !v.is_finite());
-    ensure!(finite.is_none(), "tensor `{name}` holds {} at {finite:?}", values[finite.unwrap_or(0)]);
-    Ok((values, width))
 }

@@ -1,0 +1,56 @@
+//! A tiny language model with a tokenizer and text, for tests that run whole commands.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use shared::config::harvest::HarvestConfig;
+use shared::config::resolve;
+
+/// The golden Llama checkpoint with a tokenizer of 101 numbered words, and text in those words.
+pub(crate) fn prepare(folder: &Path) -> HarvestConfig {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/lm/llama");
+    let (model, text) = (folder.join("model"), folder.join("text"));
+    fs::create_dir_all(&model).unwrap();
+    fs::create_dir_all(&text).unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        fs::copy(golden.join(name), model.join(name)).unwrap();
+    }
+    let vocabulary: BTreeMap<String, u32> = (0..101u32)
+        .map(|id| {
+            (["<unk>", "<s>", "</s>"].get(id as usize).map_or(format!("w{id}"), |s| (*s).to_owned()), id)
+        })
+        .collect();
+    let special = |id: u32, content: &str| {
+        serde_json::json!({
+            "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": true,
+        })
+    };
+    let tokenizer = serde_json::json!({
+        "version": "1.0", "truncation": null, "padding": null,
+        "added_tokens": [special(0, "<unk>"), special(1, "<s>"), special(2, "</s>")],
+        "normalizer": null, "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": null, "decoder": null,
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
+    });
+    fs::write(model.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let hints = r#"{"bos_token": "<s>", "add_bos_token": true}"#;
+    fs::write(model.join("tokenizer_config.json"), hints).unwrap();
+    let mut state = 1u64;
+    for file in 0..5 {
+        let mut words = String::new();
+        for _ in 0..3000 {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            words.push_str(&format!("w{} ", 3 + (state >> 33) % 98));
+        }
+        fs::write(text.join(format!("{file}.txt")), words).unwrap();
+    }
+    let path = |p: PathBuf| p.to_str().unwrap().to_owned();
+    let text = format!(
+        "model = {:?}\ntext = [{:?}]\ntaps = [\"resid.1\", \"attn.0\"]\ntokens = \"9k\"\nheld_out = \"10%\"\n\
+         held_out_part = 64\nsequence_length = 32\nbatch = 3\nbucket_vectors = 1500\nshard_vectors = 700\n",
+        path(model),
+        path(text)
+    );
+    resolve(&text, &[]).unwrap()
+}
