@@ -11,7 +11,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Site {
-    /// The embedding after its scaling, before block 0; only layer 0 has it. Width `d_model`.
+    /// The residual stream that enters block 0: the embedding after its scaling, with the learned position added
+    /// where the model has one; only layer 0 has it. Width `d_model`.
     Embed,
     /// The residual stream after the block's MLP was added. Width `d_model`.
     Resid,
@@ -19,11 +20,15 @@ pub enum Site {
     Mlp,
     /// The concatenated head outputs before the output projection. Width `n_heads · head_dim`.
     Attn,
+    /// What a transcoder reads: the residual stream normalised for the MLP, without the norm's gain and bias
+    /// (`x / rms(x)`, or `(x − mean) / std` where the model uses layer norms). Width `d_model`.
+    #[serde(rename = "mlp_in")]
+    MlpIn,
 }
 
 impl Site {
     /// Every site, in the order of [`Ord`].
-    pub const ALL: [Self; 4] = [Self::Embed, Self::Resid, Self::Mlp, Self::Attn];
+    pub const ALL: [Self; 5] = [Self::Embed, Self::Resid, Self::Mlp, Self::Attn, Self::MlpIn];
 
     /// The name used in files, flags and addresses.
     #[must_use]
@@ -33,6 +38,7 @@ impl Site {
             Self::Resid => "resid",
             Self::Mlp => "mlp",
             Self::Attn => "attn",
+            Self::MlpIn => "mlp_in",
         }
     }
 }
@@ -115,7 +121,7 @@ impl From<TapPoint> for String {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TapParseError {
     /// Not a known site.
-    #[error("`{0}` is not a site; expected embed, resid, mlp or attn")]
+    #[error("`{0}` is not a site; expected embed, resid, mlp, attn or mlp_in")]
     Site(String),
     /// Not of the form `site.layer`.
     #[error("`{0}` is not a tap; expected site.layer, for example resid.14, mlp.3, attn.0 or embed.0")]
@@ -131,14 +137,17 @@ mod tests {
 
     #[test]
     fn points_round_trip_through_text_and_json() {
-        for text in ["embed.0", "resid.14", "mlp.3", "attn.0"] {
+        for text in ["embed.0", "resid.14", "mlp.3", "attn.0", "mlp_in.7"] {
             let point: TapPoint = text.parse().unwrap();
             assert_eq!(point.to_string(), text);
             let json = serde_json::to_string(&point).unwrap();
             assert_eq!(json, format!("\"{text}\""));
             assert_eq!(serde_json::from_str::<TapPoint>(&json).unwrap(), point);
         }
-        assert_eq!(serde_json::to_string(&Site::Resid).unwrap(), "\"resid\"");
+        for site in Site::ALL {
+            assert_eq!(serde_json::to_string(&site).unwrap(), format!("\"{site}\""));
+            assert_eq!(site.name().parse(), Ok(site));
+        }
     }
 
     #[test]

@@ -104,9 +104,10 @@ pub fn collect(
     writer.add(pack::DECODER, &Decoder::of(sae).write()?)?;
     let summaries: Vec<Summary> =
         (0..table.n_latents()).into_par_iter().map(|l| summarise(&table, l)).collect();
-    // Heads write into the residual stream only through W_O, so their own directions have no direct logits.
+    // Heads write into the residual stream only through W_O, and what the MLP reads is not written to it at all:
+    // their own directions have no direct logits.
     let logits = match point.site {
-        Site::Attn => None,
+        Site::Attn | Site::MlpIn => None,
         Site::Embed | Site::Mlp | Site::Resid => geometry::logits(sae, &source.model.model, pack::TOP_K)?,
     };
     let index = index(source.model, &summaries, logits.as_deref());

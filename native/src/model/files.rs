@@ -92,13 +92,31 @@ fn open(path: &Path) -> Result<(File, u64)> {
     Ok((file, metadata.len()))
 }
 
-/// `len` bytes from `start`; headers have checked that they lie in the file.
-fn read_at(file: &mut File, name: &str, start: u64, len: usize) -> Result<Vec<u8>, LmError> {
+/// How much of a tensor is read at a time, in bytes.
+const PIECE: usize = 1 << 20;
+
+/// Decodes the `len` bytes from `start` into `out`, piece by piece: no tensor is ever in memory twice.
+/// `unit` bytes become `values` numbers; `decode` is shown whole units.
+fn read_at(
+    file: &mut File,
+    (name, start, len): (&str, u64, usize),
+    (unit, values): (usize, usize),
+    out: &mut [f32],
+    decode: impl Fn(&[u8], &mut [f32]) -> Result<(), LmError>,
+) -> Result<(), LmError> {
     let failed = |message: String| LmError::Read { name: name.to_owned(), message };
+    if len / unit * values != out.len() {
+        return Err(failed(format!("{len} bytes hold {} values, wanted {}", len / unit * values, out.len())));
+    }
     file.seek(SeekFrom::Start(start)).map_err(|e| failed(e.to_string()))?;
-    let mut bytes = Vec::new();
-    let found = file.take(len as u64).read_to_end(&mut bytes).map_err(|e| failed(e.to_string()))?;
-    if found == len { Ok(bytes) } else { Err(failed(format!("the file ends after {found} of {len} bytes"))) }
+    let units = (PIECE / unit).max(1);
+    let mut bytes = vec![0u8; (units * unit).min(len)];
+    for (i, out) in out.chunks_mut(units * values).enumerate() {
+        let piece = &mut bytes[..out.len() / values * unit];
+        file.read_exact(piece).map_err(|e| failed(format!("at byte {} of {len}: {e}", i * units * unit)))?;
+        decode(piece, out)?;
+    }
+    Ok(())
 }
 
 fn missing(name: &str) -> LmError {
@@ -114,10 +132,14 @@ impl TensorSource for Shards {
         self.tensors.get(name).map(|(_, tensor)| tensor.shape.clone())
     }
 
-    fn read(&mut self, name: &str) -> Result<Vec<f32>, LmError> {
+    fn read(&mut self, name: &str, out: &mut [f32]) -> Result<(), LmError> {
         let (file, tensor) = self.tensors.get(name).ok_or_else(|| missing(name))?;
-        let bytes = read_at(&mut self.files[*file], name, tensor.start, tensor.len)?;
-        Ok(tensor.format.decode(&bytes))
+        let format = tensor.format;
+        let place = (name, tensor.start, tensor.len);
+        read_at(&mut self.files[*file], place, (format.size(), 1), out, |bytes, out| {
+            format.decode(bytes, out);
+            Ok(())
+        })
     }
 }
 
@@ -147,9 +169,10 @@ impl TensorSource for GgufFile {
         self.header.tensors().get(name).map(|tensor| tensor.shape.clone())
     }
 
-    fn read(&mut self, name: &str) -> Result<Vec<f32>, LmError> {
+    fn read(&mut self, name: &str, out: &mut [f32]) -> Result<(), LmError> {
         let tensor = self.header.tensors().get(name).ok_or_else(|| missing(name))?;
-        let bytes = read_at(&mut self.file, name, tensor.start, tensor.len)?;
-        dequantise(tensor.kind, &bytes, tensor.shape.iter().product())
+        let (kind, place) = (tensor.kind, (name, tensor.start, tensor.len));
+        let unit = (kind.type_size(), kind.block_size());
+        read_at(&mut self.file, place, unit, out, |bytes, out| dequantise(kind, bytes, out))
     }
 }

@@ -40,6 +40,7 @@ pub fn hook_name(tap: TapPoint) -> String {
         Site::Mlp => format!("blocks.{layer}.hook_mlp_out"),
         Site::Attn => format!("blocks.{layer}.attn.hook_z"),
         Site::Embed => "hook_embed".to_owned(),
+        Site::MlpIn => format!("blocks.{layer}.ln2.hook_normalized"),
     }
 }
 
@@ -57,6 +58,7 @@ pub fn tap_of_hook(hook: &str) -> Option<TapPoint> {
         "hook_resid_pre" => Some(TapPoint::new(Site::Resid, layer.checked_sub(1)?)),
         "hook_mlp_out" => Some(TapPoint::new(Site::Mlp, layer)),
         "attn.hook_z" => Some(TapPoint::new(Site::Attn, layer)),
+        "ln2.hook_normalized" => Some(TapPoint::new(Site::MlpIn, layer)),
         _ => None,
     }
 }
@@ -67,7 +69,9 @@ mod tests {
 
     #[test]
     fn hook_names_round_trip() {
-        for (site, layer) in [(Site::Resid, 14), (Site::Mlp, 0), (Site::Attn, 3), (Site::Embed, 0)] {
+        for (site, layer) in
+            [(Site::Resid, 14), (Site::Mlp, 0), (Site::Attn, 3), (Site::Embed, 0), (Site::MlpIn, 5)]
+        {
             let tap = TapPoint::new(site, layer);
             assert_eq!(tap_of_hook(&hook_name(tap)), Some(tap));
         }

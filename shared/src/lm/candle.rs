@@ -7,8 +7,8 @@ use candle_core::{CpuStorage, Device, InplaceOp1, InplaceOp2, Layout, Storage, T
 use crate::Rows;
 
 use super::kernels::{self, vectorised};
-use super::ops::{Heads, Ops};
-use super::{GateActivation, LmError, Parallel};
+use super::ops::{Affine, Heads, Ops, QkNorm};
+use super::{LmError, MlpActivation, NormKind, Parallel};
 
 /// The largest number of attention scores held at once; longer sequences are taken in more pieces of queries.
 const MAX_SCORES: usize = 1 << 22;
@@ -27,7 +27,7 @@ impl std::fmt::Debug for CandleOps {
     }
 }
 
-/// Cosines and sines `[seq, head_dim / 2]`.
+/// Cosines and sines `[seq, half]`.
 #[derive(Debug, Clone)]
 pub struct RopeTable {
     half: usize,
@@ -57,14 +57,15 @@ impl CandleOps {
         Ok(Tensor::from_vec(out, (n_rows, width), &Device::Cpu)?)
     }
 
-    /// Query, key or value heads as `[batch · kv, seq · group, head_dim]`, rotated when `rope` is given.
-    /// `first` is the first head in the concatenation and `group` the number of heads that share a key head.
+    /// Query, key or value heads as `[batch · kv, seq · group, head_dim]`, normalised when a gain is given, rotated when
+    /// `rope` is. `first` is the first head in the concatenation and `group` the number of heads that share a key head.
     fn heads(
         &self,
         qkv: &[f32],
         heads: &Heads,
         seq: usize,
         (first, group): (usize, usize),
+        gain: Option<(&[f32], f32)>,
         rope: Option<&RopeTable>,
     ) -> Result<Tensor, LmError> {
         let (d, width, kv) = (heads.head_dim, heads.qkv_width(), heads.n_kv_heads);
@@ -73,10 +74,16 @@ impl CandleOps {
         self.parallel.for_each_piece(&mut out, seq * group * d, &|i, piece| {
             let (sequence, head) = (i / kv, first + (i % kv) * group);
             vectorised(|| {
+                let mut normed = vec![0f32; if gain.is_some() { d } else { 0 }];
                 for (t, positions) in piece.chunks_exact_mut(group * d).enumerate() {
                     let from = (sequence * seq + t) * width + head * d;
                     for (g, out) in positions.chunks_exact_mut(d).enumerate() {
-                        let from = &qkv[from + g * d..from + (g + 1) * d];
+                        let mut from = &qkv[from + g * d..from + (g + 1) * d];
+                        if let Some((gain, eps)) = gain {
+                            kernels::normalise(from, &mut normed, d, NormKind::Rms, eps);
+                            kernels::affine(&mut normed, gain, None);
+                            from = &normed;
+                        }
                         match rope {
                             Some(rope) => {
                                 let angle = t * rope.half..(t + 1) * rope.half;
@@ -102,6 +109,20 @@ fn with_values<T>(x: &Tensor, see: impl FnOnce(&[f32]) -> Result<T, LmError>) ->
     match &*storage {
         Storage::Cpu(values) => see(contiguous(values, layout)?),
         _ => Err(LmError::Backend("tensor is not on the CPU".to_owned())),
+    }
+}
+
+/// Shows gain and bias, or that there are none.
+fn with_affine<T>(
+    affine: Option<Affine<'_, Tensor>>,
+    see: impl FnOnce(Option<(&[f32], Option<&[f32]>)>) -> Result<T, LmError>,
+) -> Result<T, LmError> {
+    match affine {
+        None => see(None),
+        Some(Affine { gain, bias: None }) => with_values(gain, |gain| see(Some((gain, None)))),
+        Some(Affine { gain, bias: Some(bias) }) => {
+            with_values(gain, |gain| with_values(bias, |bias| see(Some((gain, Some(bias))))))
+        }
     }
 }
 
@@ -233,6 +254,21 @@ impl InplaceOp1 for Softcap<'_> {
     }
 }
 
+/// `x = act(x)`.
+struct Activate<'a>(&'a dyn Parallel, MlpActivation);
+
+impl InplaceOp1 for Activate<'_> {
+    fn name(&self) -> &'static str {
+        "activation"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        let values = contiguous_mut(storage, layout)?;
+        self.0.for_each_piece(values, 16_384, &|_, piece| vectorised(|| kernels::activate(piece, self.1)));
+        Ok(())
+    }
+}
+
 impl Ops for CandleOps {
     type Rows = Tensor;
     type Matrix = Tensor;
@@ -277,12 +313,36 @@ impl Ops for CandleOps {
         })
     }
 
-    fn norm(&self, x: &Tensor, gain: &Tensor, eps: f32) -> Result<Tensor, LmError> {
+    fn norm(
+        &self,
+        x: &Tensor,
+        kind: NormKind,
+        eps: f32,
+        affine: Option<Affine<'_, Tensor>>,
+    ) -> Result<Tensor, LmError> {
         let (n_rows, width) = x.dims2()?;
         with_values(x, |x| {
-            with_values(gain, |gain| {
+            with_affine(affine, |affine| {
                 self.build(n_rows, width, |first, piece| {
-                    kernels::rms_norm(&x[first * width..first * width + piece.len()], piece, gain, eps);
+                    let from = &x[first * width..first * width + piece.len()];
+                    kernels::normalise(from, piece, width, kind, eps);
+                    if let Some((gain, bias)) = affine {
+                        kernels::affine(piece, gain, bias);
+                    }
+                })
+            })
+        })
+    }
+
+    fn affine(&self, x: Tensor, affine: Affine<'_, Tensor>) -> Result<Tensor, LmError> {
+        let (n_rows, width) = x.dims2()?;
+        with_values(&x, |x| {
+            with_affine(Some(affine), |affine| {
+                self.build(n_rows, width, |first, piece| {
+                    piece.copy_from_slice(&x[first * width..first * width + piece.len()]);
+                    if let Some((gain, bias)) = affine {
+                        kernels::affine(piece, gain, bias);
+                    }
                 })
             })
         })
@@ -300,17 +360,24 @@ impl Ops for CandleOps {
         &self,
         qkv: &Tensor,
         rope: &RopeTable,
+        qk_norm: Option<QkNorm<'_, Tensor>>,
         heads: &Heads,
         seq: usize,
     ) -> Result<Tensor, LmError> {
         let (n_rows, _) = qkv.dims2()?;
         let (n_heads, kv, batch) = (heads.n_heads, heads.n_kv_heads, n_rows / seq);
         let group = n_heads / kv;
+        let turned = |values: &[f32], which, gain: Option<&Tensor>| match (gain, &qk_norm) {
+            (Some(gain), Some(norm)) => with_values(gain, |gain| {
+                self.heads(values, heads, seq, which, Some((gain, norm.eps)), Some(rope))
+            }),
+            _ => self.heads(values, heads, seq, which, None, Some(rope)),
+        };
         let (q, k, v) = with_values(qkv, |values| {
             Ok((
-                self.heads(values, heads, seq, (0, group), Some(rope))?,
-                self.heads(values, heads, seq, (n_heads, 1), Some(rope))?,
-                self.heads(values, heads, seq, (n_heads + kv, 1), None)?,
+                turned(values, (0, group), qk_norm.as_ref().map(|norm| norm.query))?,
+                turned(values, (n_heads, 1), qk_norm.as_ref().map(|norm| norm.key))?,
+                self.heads(values, heads, seq, (n_heads + kv, 1), None, None)?,
             ))
         })?;
         let out = Tensor::zeros((n_rows, n_heads * heads.head_dim), candle_core::DType::F32, &Device::Cpu)?;
@@ -338,7 +405,7 @@ impl Ops for CandleOps {
         Ok(out)
     }
 
-    fn gated(&self, gate_up: &Tensor, activation: GateActivation) -> Result<Tensor, LmError> {
+    fn gated(&self, gate_up: &Tensor, activation: MlpActivation) -> Result<Tensor, LmError> {
         let (n_rows, width) = gate_up.dims2()?;
         let d_ff = width / 2;
         with_values(gate_up, |values| {
@@ -347,6 +414,11 @@ impl Ops for CandleOps {
                 kernels::gated(from, piece, d_ff, activation);
             })
         })
+    }
+
+    fn activate(&self, x: Tensor, activation: MlpActivation) -> Result<Tensor, LmError> {
+        x.inplace_op1(&Activate(&*self.parallel, activation))?;
+        Ok(x)
     }
 
     fn add(&self, x: Tensor, y: &Tensor) -> Result<Tensor, LmError> {
@@ -428,7 +500,7 @@ mod tests {
             let wanted = attention(&qkv, &heads, &inverse, seq);
             let rope = ops.rope(&inverse, seq).unwrap();
             let rows = ops.upload(qkv, heads.qkv_width()).unwrap();
-            let found = ops.attention(&rows, &rope, &heads, seq).unwrap();
+            let found = ops.attention(&rows, &rope, None, &heads, seq).unwrap();
             let largest = ops.read(&found, |rows| {
                 assert_eq!(rows.data().len(), wanted.len());
                 Ok(rows.data().iter().zip(&wanted).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max))

@@ -4,9 +4,9 @@ use crate::Rows;
 use crate::tap::{Site, TapPoint};
 
 use super::candle::CandleOps;
-use super::ops::{Heads, Ops};
+use super::ops::{Affine, Heads, Ops, QkNorm};
 use super::tokens::token_nll;
-use super::{LmError, NoTap, Spec, Tap, TapAction, TokenBatch, Until};
+use super::{LmError, NoTap, NormKind, Spec, Tap, TapAction, TokenBatch, Until};
 
 /// Logits held at once while losses are taken.
 const LOGITS_AT_ONCE: usize = 1 << 23;
@@ -18,25 +18,40 @@ pub type LanguageModel = Decoder<CandleOps>;
 pub struct Decoder<O: Ops> {
     pub(super) ops: O,
     pub(super) spec: Spec,
-    pub(super) inverse_frequencies: Vec<f32>,
     pub(super) embedding: O::Matrix,
+    /// Learned positions, `context_length` rows.
+    pub(super) positions: Option<O::Matrix>,
     pub(super) blocks: Vec<Block<O>>,
     pub(super) final_gain: Vec<f32>,
-    pub(super) final_norm: O::Vector,
+    pub(super) final_norm: Norm<O>,
     /// `None` when the unembedding is the embedding table.
     pub(super) unembedding: Option<O::Matrix>,
 }
 
-/// One block's weights; queries, keys and values in one matrix, gate and up in one.
+/// One block's weights; queries, keys and values in one matrix, gate and up in one (up alone where nothing gates).
 pub(super) struct Block<O: Ops> {
-    pub(super) pre_attention: O::Vector,
+    pub(super) pre_attention: Norm<O>,
     pub(super) qkv: Linear<O>,
+    pub(super) query_gain: Option<O::Vector>,
+    pub(super) key_gain: Option<O::Vector>,
     pub(super) out: Linear<O>,
-    pub(super) post_attention: Option<O::Vector>,
-    pub(super) pre_mlp: O::Vector,
-    pub(super) gate_up: Linear<O>,
+    pub(super) post_attention: Option<Norm<O>>,
+    pub(super) pre_mlp: Norm<O>,
+    pub(super) up: Linear<O>,
     pub(super) down: Linear<O>,
-    pub(super) post_mlp: Option<O::Vector>,
+    pub(super) post_mlp: Option<Norm<O>>,
+}
+
+/// A norm's gain and its bias, if it has one.
+pub(super) struct Norm<O: Ops> {
+    pub(super) gain: O::Vector,
+    pub(super) bias: Option<O::Vector>,
+}
+
+impl<O: Ops> Norm<O> {
+    fn affine(&self) -> Affine<'_, O::Vector> {
+        Affine { gain: &self.gain, bias: self.bias.as_ref() }
+    }
 }
 
 /// A matrix and its bias, if it has one.
@@ -113,15 +128,21 @@ impl<O: Ops> Decoder<O> {
         Ok((!losses.is_empty()).then(|| total / losses.len() as f64))
     }
 
-    /// Direct effect of residual directions on the logits: rows `[m, d_model]` times the final norm's gain, times
-    /// the unembedding, `[m, vocab]`. The norm's division and the soft-cap, which depend on the rest of the
-    /// residual stream, are left out.
+    /// Direct effect of residual directions on the logits: rows `[m, d_model]` (less their mean, where the final norm
+    /// takes it away) times the final norm's gain, times the unembedding, `[m, vocab]`. The norm's division and the
+    /// soft-cap, which depend on the rest of the residual stream, are left out, and so is the norm's bias.
     ///
     /// # Errors
     /// If the rows are not `d_model` wide.
     pub fn direct_logits(&self, directions: Rows<'_>) -> Result<Vec<f32>, LmError> {
         directions.expect_width("directions", self.spec.d_model)?;
-        let scaled = directions.iter().flat_map(|row| row.iter().zip(&self.final_gain).map(|(x, g)| x * g));
+        let scaled = directions.iter().flat_map(|row| {
+            let mean = match self.spec.norm.kind {
+                NormKind::Rms => 0.0,
+                NormKind::Layer => row.iter().sum::<f32>() / row.len() as f32,
+            };
+            row.iter().zip(&self.final_gain).map(move |(x, g)| (x - mean) * g)
+        });
         let mut logits = Vec::with_capacity(directions.n_rows() * self.spec.vocab_size);
         if directions.n_rows() > 0 {
             let rows = self.ops.upload(scaled.collect(), self.spec.d_model)?;
@@ -136,13 +157,32 @@ impl<O: Ops> Decoder<O> {
         if let Some(position) = tokens.ids().iter().position(|&id| id as usize >= vocab_size) {
             return Err(LmError::TokenId { id: tokens.ids()[position], position, vocab_size });
         }
-        let rope = self.ops.rope(&self.inverse_frequencies, tokens.seq())?;
-        let h = self.ops.embed(&self.embedding, tokens.ids(), self.spec.embed_scale)?;
+        let attention = &self.spec.attention;
+        let rope = self.ops.rope(&attention.rope.inverse_frequencies(), tokens.seq())?;
+        let local_rope = match &attention.local_rope {
+            Some(local) => Some(self.ops.rope(&local.inverse_frequencies(), tokens.seq())?),
+            None => None,
+        };
+        let h = self.embed(tokens)?;
         let mut h = self.tapped(tap, TapPoint::new(Site::Embed, 0), h)?;
         for (layer, block) in self.blocks.iter().enumerate().take(last + 1) {
-            h = self.block(block, layer, h, &rope, tokens.seq(), tap)?;
+            let slides = attention.windows.get(layer).is_some_and(Option::is_some);
+            let rope = local_rope.as_ref().filter(|_| slides).unwrap_or(&rope);
+            h = self.block(block, layer, h, rope, tokens.seq(), tap)?;
         }
         Ok(h)
+    }
+
+    fn embed(&self, tokens: TokenBatch<'_>) -> Result<O::Rows, LmError> {
+        let h = self.ops.embed(&self.embedding, tokens.ids(), self.spec.embed_scale)?;
+        let Some(positions) = &self.positions else { return Ok(h) };
+        let (seq, context_length) = (tokens.seq(), self.spec.context_length);
+        if seq > context_length {
+            return Err(LmError::TooLong { seq, context_length });
+        }
+        // A context length fits an id: no dimension exceeds 2²⁴.
+        let ids: Vec<u32> = (0..tokens.n_tokens()).map(|i| (i % seq) as u32).collect();
+        self.ops.add(h, &self.ops.embed(positions, &ids, 1.0)?)
     }
 
     fn block(
@@ -154,27 +194,80 @@ impl<O: Ops> Decoder<O> {
         seq: usize,
         tap: &mut dyn Tap,
     ) -> Result<O::Rows, LmError> {
-        let (ops, eps) = (&self.ops, self.spec.norm.eps);
-        let x = ops.norm(&h, &block.pre_attention, eps)?;
-        let qkv = ops.linear(&x, &block.qkv.weight, block.qkv.bias.as_ref())?;
-        let mixed = ops.attention(&qkv, rope, &self.heads(layer), seq)?;
-        let mixed = self.tapped(tap, TapPoint::new(Site::Attn, layer), mixed)?;
-        let attention = ops.linear(&mixed, &block.out.weight, block.out.bias.as_ref())?;
-        let attention = self.post_norm(block.post_attention.as_ref(), attention)?;
-        let h = ops.add(h, &attention)?;
-        let x = ops.norm(&h, &block.pre_mlp, eps)?;
-        let gate_up = ops.linear(&x, &block.gate_up.weight, block.gate_up.bias.as_ref())?;
-        let inner = ops.gated(&gate_up, self.spec.mlp.activation)?;
-        let mlp = ops.linear(&inner, &block.down.weight, block.down.bias.as_ref())?;
-        let mlp = self.post_norm(block.post_mlp.as_ref(), mlp)?;
-        let mlp = self.tapped(tap, TapPoint::new(Site::Mlp, layer), mlp)?;
-        let h = ops.add(h, &mlp)?;
+        let attention = self.attention(block, layer, &h, rope, seq, tap)?;
+        if self.spec.parallel {
+            let mlp = self.mlp(block, layer, &h, tap)?;
+            let h = self.ops.add(self.ops.add(h, &attention)?, &mlp)?;
+            return self.tapped(tap, TapPoint::new(Site::Resid, layer), h);
+        }
+        let h = self.ops.add(h, &attention)?;
+        let mlp = self.mlp(block, layer, &h, tap)?;
+        let h = self.ops.add(h, &mlp)?;
         self.tapped(tap, TapPoint::new(Site::Resid, layer), h)
     }
 
-    fn post_norm(&self, gain: Option<&O::Vector>, x: O::Rows) -> Result<O::Rows, LmError> {
-        match gain {
-            Some(gain) => self.ops.norm(&x, gain, self.spec.norm.eps),
+    /// What attention adds to the residual stream.
+    fn attention(
+        &self,
+        block: &Block<O>,
+        layer: usize,
+        h: &O::Rows,
+        rope: &O::Rope,
+        seq: usize,
+        tap: &mut dyn Tap,
+    ) -> Result<O::Rows, LmError> {
+        let (ops, eps) = (&self.ops, self.spec.norm.eps);
+        let x = self.norm(h, &block.pre_attention)?;
+        let qkv = ops.linear(&x, &block.qkv.weight, block.qkv.bias.as_ref())?;
+        let gains = block.query_gain.as_ref().zip(block.key_gain.as_ref());
+        let qk_norm = gains.map(|(query, key)| QkNorm { query, key, eps });
+        let mixed = ops.attention(&qkv, rope, qk_norm, &self.heads(layer), seq)?;
+        let mixed = self.tapped(tap, TapPoint::new(Site::Attn, layer), mixed)?;
+        let out = ops.linear(&mixed, &block.out.weight, block.out.bias.as_ref())?;
+        self.post_norm(block.post_attention.as_ref(), out)
+    }
+
+    /// What the MLP adds to the residual stream.
+    fn mlp(
+        &self,
+        block: &Block<O>,
+        layer: usize,
+        h: &O::Rows,
+        tap: &mut dyn Tap,
+    ) -> Result<O::Rows, LmError> {
+        let (ops, mlp) = (&self.ops, &self.spec.mlp);
+        let x = self.mlp_input(block, TapPoint::new(Site::MlpIn, layer), h, tap)?;
+        let up = ops.linear(&x, &block.up.weight, block.up.bias.as_ref())?;
+        let inner =
+            if mlp.gated { ops.gated(&up, mlp.activation)? } else { ops.activate(up, mlp.activation)? };
+        let out = ops.linear(&inner, &block.down.weight, block.down.bias.as_ref())?;
+        let out = self.post_norm(block.post_mlp.as_ref(), out)?;
+        self.tapped(tap, TapPoint::new(Site::Mlp, layer), out)
+    }
+
+    /// The pre-MLP norm, in two steps only for who looks between them.
+    fn mlp_input(
+        &self,
+        block: &Block<O>,
+        point: TapPoint,
+        h: &O::Rows,
+        tap: &mut dyn Tap,
+    ) -> Result<O::Rows, LmError> {
+        if !tap.wants(point) {
+            return self.norm(h, &block.pre_mlp);
+        }
+        let bare = self.ops.norm(h, self.spec.norm.kind, self.spec.norm.eps, None)?;
+        let bare = self.tapped(tap, point, bare)?;
+        self.ops.affine(bare, block.pre_mlp.affine())
+    }
+
+    fn norm(&self, x: &O::Rows, norm: &Norm<O>) -> Result<O::Rows, LmError> {
+        self.ops.norm(x, self.spec.norm.kind, self.spec.norm.eps, Some(norm.affine()))
+    }
+
+    fn post_norm(&self, norm: Option<&Norm<O>>, x: O::Rows) -> Result<O::Rows, LmError> {
+        match norm {
+            Some(norm) => self.norm(&x, norm),
             None => Ok(x),
         }
     }
@@ -185,7 +278,7 @@ impl<O: Ops> Decoder<O> {
             n_heads: attention.n_heads,
             n_kv_heads: attention.n_kv_heads,
             head_dim: attention.head_dim,
-            scale: attention.query_scale,
+            scale: attention.query_scale / if attention.scale_by_layer { (layer + 1) as f32 } else { 1.0 },
             softcap: attention.softcap,
             window: attention.windows.get(layer).copied().flatten(),
         }
@@ -208,7 +301,7 @@ impl<O: Ops> Decoder<O> {
 
     /// Final norm, unembedding and soft-cap, in pieces of rows: `see(first_row, logits)`.
     fn unembed(&self, h: &O::Rows, n_rows: usize, see: impl FnMut(usize, Rows<'_>)) -> Result<(), LmError> {
-        let x = self.ops.norm(h, &self.final_norm, self.spec.norm.eps)?;
+        let x = self.norm(h, &self.final_norm)?;
         self.project(&x, n_rows, self.spec.final_softcap, see)
     }
 

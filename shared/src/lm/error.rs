@@ -76,6 +76,14 @@ pub enum LmError {
         /// The number of ids the model knows.
         vocab_size: usize,
     },
+    /// A sequence longer than the model has learned positions for.
+    #[error("a sequence has {seq} tokens, but the model knows {context_length} positions")]
+    TooLong {
+        /// The length of the sequences.
+        seq: usize,
+        /// The number of positions.
+        context_length: usize,
+    },
     /// A layer the model does not have.
     #[error("layer {layer} does not exist: the model has layers 0..={last}", last = n_layers.saturating_sub(1))]
     Layer {

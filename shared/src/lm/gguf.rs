@@ -7,8 +7,9 @@ use std::io::Read;
 use candle_core::Device;
 use candle_core::quantized::{GgmlDType, ggml_file::qtensor_from_ggml};
 
+use super::safetensors::FloatFormat;
 use super::weights::Blueprint;
-use super::{LmError, TensorSource, llama};
+use super::{LmError, TensorSource, gemma2, gemma3, llama};
 
 const MAX_HEADER: u64 = 1 << 28;
 const MAX_KEYS: u64 = 1 << 16;
@@ -122,9 +123,11 @@ impl Gguf {
     pub fn blueprint(&self, source: &mut dyn TensorSource) -> Result<Blueprint, LmError> {
         match self.text("general.architecture") {
             Some("llama") => llama::from_gguf(self, source),
+            Some("gemma2") => gemma2::from_gguf(self, source),
+            Some("gemma3") => gemma3::from_gguf(self, source),
             Some(other) => Err(LmError::config(
                 "general.architecture",
-                format!("`{other}`; supported in GGUF files is llama"),
+                format!("`{other}`; supported in GGUF files are llama, gemma2 and gemma3"),
             )),
             None => Err(LmError::config("general.architecture", "missing")),
         }
@@ -171,6 +174,15 @@ impl Gguf {
         self.optional_count(key)?.ok_or_else(|| LmError::config(key, "missing"))
     }
 
+    /// The number of token ids: under `key`, else the height of the embedding.
+    pub(super) fn vocab_size(&self, key: &str, source: &dyn TensorSource) -> Result<usize, LmError> {
+        match (self.optional_count(key)?, source.shape("token_embd.weight")) {
+            (Some(n), _) => Ok(n),
+            (None, Some(shape)) => Ok(shape.first().copied().unwrap_or(0)),
+            (None, None) => self.count(key),
+        }
+    }
+
     /// The number of layers.
     pub(super) fn layers(&self, key: &str) -> Result<usize, LmError> {
         match self.count(key)? {
@@ -180,29 +192,25 @@ impl Gguf {
     }
 }
 
-/// The values of a tensor stored as `kind` in `bytes`, `n` of them.
+/// The values stored as `kind` in `bytes`, as many as `out` holds.
 ///
 /// # Errors
 /// If the number format is not supported or `bytes` is not exactly as long as it needs.
-pub fn dequantise(kind: GgmlDType, bytes: &[u8], n: usize) -> Result<Vec<f32>, LmError> {
+pub fn dequantise(kind: GgmlDType, bytes: &[u8], out: &mut [f32]) -> Result<(), LmError> {
+    let n = out.len();
     if byte_len(kind, n) != Some(bytes.len()) {
         return Err(problem(format!("{} bytes do not hold {n} values of {kind:?}", bytes.len())));
     }
-    let mut values = Vec::new();
     match kind {
-        GgmlDType::F32 => values.extend(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b))),
-        GgmlDType::F16 => {
-            values.extend(bytes.as_chunks::<2>().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()));
-        }
-        GgmlDType::BF16 => {
-            values.extend(bytes.as_chunks::<2>().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()));
-        }
+        GgmlDType::F32 => FloatFormat::F32.decode(bytes, out),
+        GgmlDType::F16 => FloatFormat::F16.decode(bytes, out),
+        GgmlDType::BF16 => FloatFormat::Bf16.decode(bytes, out),
         quantised => {
             let tensor = qtensor_from_ggml(quantised, bytes, vec![n], &Device::Cpu)?;
-            values = tensor.dequantize(&Device::Cpu)?.to_vec1::<f32>()?;
+            out.copy_from_slice(&tensor.dequantize(&Device::Cpu)?.to_vec1::<f32>()?);
         }
     }
-    Ok(values)
+    Ok(())
 }
 
 fn byte_len(kind: GgmlDType, n: usize) -> Option<usize> {

@@ -2,8 +2,8 @@
 //!
 //! Sums run in sixteen lanes. `pulp` compiles every kernel for the vector units it may meet and picks one at run time.
 
-use super::GateActivation;
 use super::math::{exp, tanh};
+use super::{MlpActivation, NormKind};
 
 const LANES: usize = 16;
 
@@ -27,14 +27,50 @@ fn sum_of_squares(row: &[f32]) -> f32 {
     lanes.iter().sum()
 }
 
-/// `out = x / √(mean x² + eps) · gain`, row after row.
 #[inline(always)]
-pub(super) fn rms_norm(x: &[f32], out: &mut [f32], gain: &[f32], eps: f32) {
-    let width = gain.len();
+fn sum(row: &[f32]) -> f32 {
+    let mut lanes = [0f32; LANES];
+    let (chunks, rest) = row.as_chunks::<LANES>();
+    for chunk in chunks {
+        for i in 0..LANES {
+            lanes[i] += chunk[i];
+        }
+    }
+    for (lane, x) in lanes.iter_mut().zip(rest) {
+        *lane += x;
+    }
+    lanes.iter().sum()
+}
+
+/// `out` = the rows of `x`, `width` values each, normalised.
+#[inline(always)]
+pub(super) fn normalise(x: &[f32], out: &mut [f32], width: usize, kind: NormKind, eps: f32) {
     for (row, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
-        let scale = 1.0 / (sum_of_squares(row) / width as f32 + eps).sqrt();
-        for ((out, x), gain) in out.iter_mut().zip(row).zip(gain) {
-            *out = x * scale * gain;
+        match kind {
+            NormKind::Rms => out.copy_from_slice(row),
+            NormKind::Layer => {
+                let mean = sum(row) / width as f32;
+                for (out, x) in out.iter_mut().zip(row) {
+                    *out = x - mean;
+                }
+            }
+        }
+        let scale = 1.0 / (sum_of_squares(out) / width as f32 + eps).sqrt();
+        for out in out {
+            *out *= scale;
+        }
+    }
+}
+
+/// `x = x · gain + bias`, row after row.
+#[inline(always)]
+pub(super) fn affine(x: &mut [f32], gain: &[f32], bias: Option<&[f32]>) {
+    for row in x.chunks_exact_mut(gain.len()) {
+        for (x, gain) in row.iter_mut().zip(gain) {
+            *x *= gain;
+        }
+        if let Some(bias) = bias {
+            add(row, bias);
         }
     }
 }
@@ -49,15 +85,26 @@ pub(super) fn add(x: &mut [f32], y: &[f32]) {
 
 /// `out = act(gate) ∘ up` for rows of concatenated gate and up halves.
 #[inline(always)]
-pub(super) fn gated(gate_up: &[f32], out: &mut [f32], d_ff: usize, activation: GateActivation) {
+pub(super) fn gated(gate_up: &[f32], out: &mut [f32], d_ff: usize, activation: MlpActivation) {
     for (row, out) in gate_up.chunks_exact(2 * d_ff).zip(out.chunks_exact_mut(d_ff)) {
         let (gate, up) = row.split_at(d_ff);
         match activation {
-            GateActivation::Silu => apply(gate, up, out, |x| x / (1.0 + exp(-x))),
-            GateActivation::GeluTanh => apply(gate, up, out, gelu_tanh),
-            GateActivation::Gelu => apply(gate, up, out, gelu),
-            GateActivation::Relu => apply(gate, up, out, |x| x.max(0.0)),
+            MlpActivation::Silu => apply(gate, up, out, |x| x / (1.0 + exp(-x))),
+            MlpActivation::GeluTanh => apply(gate, up, out, gelu_tanh),
+            MlpActivation::Gelu => apply(gate, up, out, gelu),
+            MlpActivation::Relu => apply(gate, up, out, |x| x.max(0.0)),
         }
+    }
+}
+
+/// `x = act(x)`.
+#[inline(always)]
+pub(super) fn activate(x: &mut [f32], activation: MlpActivation) {
+    match activation {
+        MlpActivation::Silu => x.iter_mut().for_each(|x| *x /= 1.0 + exp(-*x)),
+        MlpActivation::GeluTanh => x.iter_mut().for_each(|x| *x = gelu_tanh(*x)),
+        MlpActivation::Gelu => x.iter_mut().for_each(|x| *x = gelu(*x)),
+        MlpActivation::Relu => x.iter_mut().for_each(|x| *x = x.max(0.0)),
     }
 }
 
@@ -125,11 +172,14 @@ pub(super) fn masked_softmax(row: &mut [f32], visible: std::ops::Range<usize>, s
     }
 }
 
-/// Rotates one head: pairs `(i, i + half)` by the angle whose cosine and sine are given.
+/// Rotates one head: pairs `(i, i + half)` by the angle whose cosine and sine are given; the rest stays.
 #[inline(always)]
 pub(super) fn rotate(head: &[f32], out: &mut [f32], cos: &[f32], sin: &[f32]) {
     let half = cos.len();
-    let (a, b) = head.split_at(half);
+    let (turned, kept) = head.split_at(2 * half);
+    let (out, out_kept) = out.split_at_mut(2 * half);
+    out_kept.copy_from_slice(kept);
+    let (a, b) = turned.split_at(half);
     let (out_a, out_b) = out.split_at_mut(half);
     for i in 0..half {
         out_a[i] = a[i] * cos[i] - b[i] * sin[i];
@@ -159,6 +209,32 @@ mod tests {
     }
 
     #[test]
+    fn norms_match_their_definitions() {
+        let width = 37;
+        let x: Vec<f32> = (0..2 * width).map(|i| (i * 29 % 53) as f32 * 0.3 - 4.0).collect();
+        let gain: Vec<f32> = (0..width).map(|i| 0.5 + i as f32 * 0.1).collect();
+        let bias: Vec<f32> = (0..width).map(|i| i as f32 - 9.0).collect();
+        for kind in [NormKind::Rms, NormKind::Layer] {
+            let mut out = vec![0.0; x.len()];
+            vectorised(|| normalise(&x, &mut out, width, kind, 0.25));
+            vectorised(|| affine(&mut out, &gain, Some(&bias)));
+            for (row, out) in x.chunks(width).zip(out.chunks(width)) {
+                let mean = if kind == NormKind::Layer {
+                    row.iter().map(|&x| f64::from(x)).sum::<f64>() / width as f64
+                } else {
+                    0.0
+                };
+                let square = row.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / width as f64;
+                for i in 0..width {
+                    let wanted = (f64::from(row[i]) - mean) / (square + 0.25).sqrt() * f64::from(gain[i])
+                        + f64::from(bias[i]);
+                    assert!((f64::from(out[i]) - wanted).abs() < 3e-6, "{kind:?}: {} for {wanted}", out[i]);
+                }
+            }
+        }
+    }
+
+    #[test]
     fn softmax_sees_only_the_visible_range() {
         let mut row: Vec<f32> = (0..40).map(|i| (i % 7) as f32).collect();
         row[2] = f32::NAN;
@@ -179,13 +255,13 @@ mod tests {
         let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
         let cubic = |x: f64| (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
         let wanted = |activation, x: f64| match activation {
-            GateActivation::Silu => x * sigmoid(x),
-            GateActivation::GeluTanh => 0.5 * x * (1.0 + cubic(x).tanh()),
-            GateActivation::Gelu => 0.5 * x * (1.0 + candle_core::cpu::erf::erf_f64(x / 2f64.sqrt())),
-            GateActivation::Relu => x.max(0.0),
+            MlpActivation::Silu => x * sigmoid(x),
+            MlpActivation::GeluTanh => 0.5 * x * (1.0 + cubic(x).tanh()),
+            MlpActivation::Gelu => 0.5 * x * (1.0 + candle_core::cpu::erf::erf_f64(x / 2f64.sqrt())),
+            MlpActivation::Relu => x.max(0.0),
         };
         for activation in
-            [GateActivation::Silu, GateActivation::GeluTanh, GateActivation::Gelu, GateActivation::Relu]
+            [MlpActivation::Silu, MlpActivation::GeluTanh, MlpActivation::Gelu, MlpActivation::Relu]
         {
             let mut out = vec![0.0; gate.len()];
             vectorised(|| gated(&gate_up, &mut out, gate.len(), activation));
@@ -193,6 +269,9 @@ mod tests {
                 let wanted = 2.0 * wanted(activation, f64::from(x));
                 assert!((f64::from(y) - wanted).abs() < 1e-6, "{activation:?}({x}) = {y}, wanted {wanted}");
             }
+            let mut alone = gate.clone();
+            vectorised(|| activate(&mut alone, activation));
+            assert!(alone.iter().zip(&out).all(|(alone, gated)| 2.0 * alone == *gated));
         }
     }
 }

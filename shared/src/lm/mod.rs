@@ -1,18 +1,22 @@
 //! The transformer: one decoder with taps, generic over the arithmetic it runs on, and its tokenizers.
 //!
 //! [`decoder`] is written once over the blocks of [`ops`]; [`candle`] implements them. A family file ([`llama`],
-//! [`gemma2`]) maps configurations and tensor names onto a [`Spec`]; [`weights`] builds a decoder from it and any
-//! [`TensorSource`]. [`gguf`] and [`safetensors`] parse the headers of weight files without reading the weights.
+//! [`gemma2`], [`gemma3`], [`gpt2`], [`gpt_neox`]) maps configurations and tensor names onto a [`Spec`] and [`names`];
+//! [`weights`] builds a decoder from them and any [`TensorSource`]. [`gguf`] and [`safetensors`] parse the headers of weight files without reading the weights.
 
 mod candle;
 mod config;
 mod decoder;
 mod error;
 mod gemma2;
+mod gemma3;
 mod gguf;
+mod gpt2;
+mod gpt_neox;
 mod kernels;
 mod llama;
 mod math;
+mod names;
 mod ops;
 mod parallel;
 mod safetensors;
@@ -27,11 +31,12 @@ pub use crate::tap::{Site, TapParseError, TapPoint};
 pub use decoder::{Decoder, LanguageModel};
 pub use error::LmError;
 pub use gguf::{Gguf, GgufTensor, GgufValue, dequantise};
-pub use ops::{Heads, Ops};
+pub use names::{Names, Qkv};
+pub use ops::{Affine, Heads, Ops, QkNorm};
 pub use parallel::{Parallel, Serial};
 pub use safetensors::{FloatFormat, SafetensorsHeader, StoredTensor};
-pub use spec::{AttentionSpec, GateActivation, MlpSpec, NormSpec, RopeScaling, RopeSpec, Spec};
+pub use spec::{AttentionSpec, MlpActivation, MlpSpec, NormKind, NormSpec, RopeScaling, RopeSpec, Spec};
 pub use tap::{NoTap, Splicer, Tap, TapAction, Until};
 pub use tokenizer::{BosHints, Tokenizer};
 pub use tokens::{TokenBatch, nll};
-pub use weights::{Blueprint, Names, TensorSource};
+pub use weights::{Blueprint, TensorSource};

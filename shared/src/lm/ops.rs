@@ -4,7 +4,7 @@
 
 use crate::Rows;
 
-use super::{GateActivation, LmError};
+use super::{LmError, MlpActivation, NormKind};
 
 /// The geometry of one attention block.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -38,6 +38,26 @@ impl Heads {
     }
 }
 
+/// What follows a normalisation: `· gain + bias`.
+#[derive(Debug)]
+pub struct Affine<'a, V> {
+    /// The factor of every value.
+    pub gain: &'a V,
+    /// What is added to every value.
+    pub bias: Option<&'a V>,
+}
+
+/// RMS normalisation of every query and key head, before the rotary embedding.
+#[derive(Debug)]
+pub struct QkNorm<'a, V> {
+    /// The gain of query heads, `head_dim` values.
+    pub query: &'a V,
+    /// The gain of key heads, `head_dim` values.
+    pub key: &'a V,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
 /// The building blocks of a decoder. Activations are rows `[n, width]`; matrices are `[out, in]`, row-major.
 pub trait Ops {
     /// Rows of activations.
@@ -67,7 +87,8 @@ pub trait Ops {
     /// If `data` does not fill rows of `width`, or the backend cannot hold them.
     fn upload(&self, data: Vec<f32>, width: usize) -> Result<Self::Rows, LmError>;
 
-    /// Prepares the rotary embedding: angle `position · inverse_frequencies[i]` for positions `0..seq`.
+    /// Prepares the rotary embedding: angle `position · inverse_frequencies[i]` for positions `0..seq`. It turns the
+    /// first `2 · inverse_frequencies.len()` values of a head, so without frequencies it does nothing.
     ///
     /// # Errors
     /// If the backend cannot hold it.
@@ -79,11 +100,23 @@ pub trait Ops {
     /// The backend's own.
     fn embed(&self, table: &Self::Matrix, ids: &[u32], scale: f32) -> Result<Self::Rows, LmError>;
 
-    /// RMS normalisation `x / √(mean x² + eps) · gain`.
+    /// Normalised rows, with gain and bias when `affine` is given.
     ///
     /// # Errors
     /// The backend's own.
-    fn norm(&self, x: &Self::Rows, gain: &Self::Vector, eps: f32) -> Result<Self::Rows, LmError>;
+    fn norm(
+        &self,
+        x: &Self::Rows,
+        kind: NormKind,
+        eps: f32,
+        affine: Option<Affine<'_, Self::Vector>>,
+    ) -> Result<Self::Rows, LmError>;
+
+    /// `x · gain + bias`, taking `x`'s place.
+    ///
+    /// # Errors
+    /// The backend's own.
+    fn affine(&self, x: Self::Rows, affine: Affine<'_, Self::Vector>) -> Result<Self::Rows, LmError>;
 
     /// `x Wᵀ + bias`.
     ///
@@ -97,7 +130,8 @@ pub trait Ops {
     ) -> Result<Self::Rows, LmError>;
 
     /// Causal self-attention within sequences of `seq` rows, from concatenated query, key and value heads
-    /// `[n, qkv_width]`: rotary embedding, scale, soft-cap, mask, softmax, weighted sum. Returns concatenated heads.
+    /// `[n, qkv_width]`: QK-norm, rotary embedding, scale, soft-cap, mask, softmax, weighted sum. Returns concatenated
+    /// heads.
     ///
     /// # Errors
     /// The backend's own.
@@ -105,6 +139,7 @@ pub trait Ops {
         &self,
         qkv: &Self::Rows,
         rope: &Self::Rope,
+        qk_norm: Option<QkNorm<'_, Self::Vector>>,
         heads: &Heads,
         seq: usize,
     ) -> Result<Self::Rows, LmError>;
@@ -113,7 +148,13 @@ pub trait Ops {
     ///
     /// # Errors
     /// The backend's own.
-    fn gated(&self, gate_up: &Self::Rows, activation: GateActivation) -> Result<Self::Rows, LmError>;
+    fn gated(&self, gate_up: &Self::Rows, activation: MlpActivation) -> Result<Self::Rows, LmError>;
+
+    /// `act(x)`, taking `x`'s place.
+    ///
+    /// # Errors
+    /// The backend's own.
+    fn activate(&self, x: Self::Rows, activation: MlpActivation) -> Result<Self::Rows, LmError>;
 
     /// `x + y`, taking `x`'s place.
     ///

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::Read;
 
+use half::{bf16, f16};
 use serde::Deserialize;
 
 use super::LmError;
@@ -62,16 +63,25 @@ impl FloatFormat {
         }
     }
 
-    /// Little-endian `bytes` as f32. A last incomplete value is left out.
-    #[must_use]
-    pub fn decode(self, bytes: &[u8]) -> Vec<f32> {
+    /// Little-endian `bytes` as f32, as many as both `bytes` and `out` hold.
+    pub fn decode(self, bytes: &[u8], out: &mut [f32]) {
         match self {
-            Self::F16 => bytes.as_chunks().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect(),
-            Self::Bf16 => {
-                bytes.as_chunks().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect()
+            Self::F16 => {
+                out.iter_mut()
+                    .zip(bytes.as_chunks().0)
+                    .for_each(|(x, b)| *x = f16::from_le_bytes(*b).to_f32());
             }
-            Self::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
-            Self::F64 => bytes.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b) as f32).collect(),
+            Self::Bf16 => {
+                out.iter_mut()
+                    .zip(bytes.as_chunks().0)
+                    .for_each(|(x, b)| *x = bf16::from_le_bytes(*b).to_f32());
+            }
+            Self::F32 => {
+                out.iter_mut().zip(bytes.as_chunks().0).for_each(|(x, b)| *x = f32::from_le_bytes(*b));
+            }
+            Self::F64 => {
+                out.iter_mut().zip(bytes.as_chunks().0).for_each(|(x, b)| *x = f64::from_le_bytes(*b) as f32);
+            }
         }
     }
 }

@@ -10,7 +10,7 @@ use crate::tap::Site;
 /// A decoder-only transformer as data. Built and checked by a family file; lengths in values, layers 0-indexed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Spec {
-    /// The architecture's name as the model's own files spell it: `llama`, `gemma2`.
+    /// The architecture's name as the model's own files spell it: `llama`, `gemma2`, `gpt_neox`.
     pub architecture: String,
     /// The number of blocks.
     pub n_layers: usize,
@@ -24,11 +24,15 @@ pub struct Spec {
     pub context_length: usize,
     /// Factor on embedding rows (√d_model for Gemma, else 1).
     pub embed_scale: f32,
-    /// RMS normalisation.
+    /// Whether a learned vector of its position, one of `context_length`, is added to every token's embedding.
+    pub learned_positions: bool,
+    /// Whether attention and MLP read the same residual stream, and both outputs are added to it at the end.
+    pub parallel: bool,
+    /// Normalisation.
     pub norm: NormSpec,
     /// Self-attention.
     pub attention: AttentionSpec,
-    /// The gated MLP.
+    /// The MLP.
     pub mlp: MlpSpec,
     /// Soft-cap on the logits: `cap · tanh(logit / cap)`.
     pub final_softcap: Option<f32>,
@@ -36,15 +40,29 @@ pub struct Spec {
     pub tied_embeddings: bool,
 }
 
-/// RMS normalisation `y = x / √(mean x² + eps) · gain`; the loader folds Gemma's `1 + w` into the gain.
+/// Normalisation `y = normalise(x) · gain + bias`; the loader folds Gemma's `1 + w` into the gain.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct NormSpec {
+    /// What is divided by what.
+    pub kind: NormKind,
     /// Added to the mean square.
     pub eps: f32,
     /// Whether files store `gain − 1`.
     pub unit_offset: bool,
+    /// Whether norms add a bias.
+    pub bias: bool,
     /// Whether attention and MLP outputs are normalised before they are added to the residual stream.
     pub post: bool,
+}
+
+/// How a vector is normalised, before gain and bias.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NormKind {
+    /// `x / √(mean x² + eps)`.
+    Rms,
+    /// `(x − mean x) / √(mean (x − mean x)² + eps)`.
+    Layer,
 }
 
 /// Self-attention with grouped queries.
@@ -54,26 +72,35 @@ pub struct AttentionSpec {
     pub n_heads: usize,
     /// The number of key and value heads; divides `n_heads`.
     pub n_kv_heads: usize,
-    /// The width of a head (not necessarily `d_model / n_heads`); even.
+    /// The width of a head (not necessarily `d_model / n_heads`).
     pub head_dim: usize,
     /// Factor on query·key products.
     pub query_scale: f32,
+    /// Whether layer `l` further divides query·key products by `l + 1`.
+    pub scale_by_layer: bool,
+    /// Whether every query and key head is RMS-normalised, with a gain, before the rotary embedding.
+    pub qk_norm: bool,
     /// Soft-cap on scaled products, applied before the mask: `cap · tanh(s / cap)`.
     pub softcap: Option<f32>,
     /// Per layer: `None` sees every earlier token, `Some(w)` only keys with `key > query − w`.
     pub windows: Vec<Option<usize>>,
-    /// Rotary position embedding, half-split pairing `(i, i + head_dim / 2)`.
+    /// Rotary position embedding.
     pub rope: RopeSpec,
+    /// The rotary embedding of layers with a window, where it is another one.
+    pub local_rope: Option<RopeSpec>,
     /// Whether query, key and value projections have biases.
     pub qkv_bias: bool,
     /// Whether the output projection has a bias.
     pub out_bias: bool,
 }
 
-/// Rotary position embedding: angle of pair `i` at position `p` is `p · inv_freq[i]`.
+/// Rotary position embedding of a head's first `dim` values, half-split pairing `(i, i + dim / 2)`: the angle of pair
+/// `i` at position `p` is `p · inv_freq[i]`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RopeSpec {
-    /// The base: `inv_freq[i] = base^(−2i / head_dim)` before scaling.
+    /// How many values of a head are turned; even, at most the head's width, 0 for no rotary embedding.
+    pub dim: usize,
+    /// The base: `inv_freq[i] = base^(−2i / dim)` before scaling.
     pub base: f64,
     /// How frequencies were stretched for longer contexts.
     pub scaling: RopeScaling,
@@ -101,26 +128,28 @@ pub enum RopeScaling {
         /// The context length before stretching.
         original_context: f64,
     },
-    /// Frequency `i` divided by `factors[i]` (how GGUF files store Llama 3's scaling), `head_dim / 2` values.
+    /// Frequency `i` divided by `factors[i]` (how GGUF files store Llama 3's scaling), `dim / 2` values.
     Factors {
         /// The divisors.
         factors: Vec<f32>,
     },
 }
 
-/// The gated MLP `down(act(gate · x) ∘ (up · x))`.
+/// The MLP: `down(act(gate · x) ∘ (up · x))` when gated, else `down(act(up · x))`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MlpSpec {
-    /// The gate's activation.
-    pub activation: GateActivation,
-    /// Whether the three projections have biases.
+    /// The activation.
+    pub activation: MlpActivation,
+    /// Whether there is a gate.
+    pub gated: bool,
+    /// Whether the projections have biases.
     pub bias: bool,
 }
 
-/// The activation of a gated MLP.
+/// The activation of an MLP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum GateActivation {
+pub enum MlpActivation {
     /// `x · σ(x)`.
     Silu,
     /// `x/2 · (1 + tanh(√(2/π)(x + 0.044715 x³)))`.
@@ -136,7 +165,7 @@ impl Spec {
     #[must_use]
     pub fn site_width(&self, site: Site) -> usize {
         match site {
-            Site::Embed | Site::Resid | Site::Mlp => self.d_model,
+            Site::Embed | Site::Resid | Site::Mlp | Site::MlpIn => self.d_model,
             Site::Attn => self.attention.n_heads * self.attention.head_dim,
         }
     }
@@ -168,9 +197,12 @@ impl Spec {
             );
             return Err(LmError::config("key/value heads", problem));
         }
-        if !attention.head_dim.is_multiple_of(2) {
-            let problem = format!("{} is odd, but rotary embedding turns pairs", attention.head_dim);
-            return Err(LmError::config("head_dim", problem));
+        for rope in std::iter::once(&attention.rope).chain(&attention.local_rope) {
+            if !rope.dim.is_multiple_of(2) || rope.dim > attention.head_dim {
+                let (dim, width) = (rope.dim, attention.head_dim);
+                let problem = format!("rotary embedding turns pairs, not {dim} values of heads of {width}");
+                return Err(LmError::config("head_dim", problem));
+            }
         }
         if attention.windows.len() != self.n_layers {
             let problem = format!("{} entries for {} layers", attention.windows.len(), self.n_layers);
@@ -184,14 +216,17 @@ impl Spec {
 }
 
 impl RopeSpec {
-    /// `inv_freq`, `head_dim / 2` values.
+    /// No rotary embedding.
+    pub(super) const NONE: Self = Self { dim: 0, base: 1.0, scaling: RopeScaling::None };
+
+    /// `inv_freq`, `dim / 2` values.
     #[must_use]
-    pub fn inverse_frequencies(&self, head_dim: usize) -> Vec<f32> {
-        (0..head_dim / 2)
+    pub fn inverse_frequencies(&self) -> Vec<f32> {
+        (0..self.dim / 2)
             .map(|i| {
                 // Powers and quotients in f32, in the order the reference implementations take them: positions
                 // multiply these numbers by up to the context length, so the rounding here is part of the model.
-                let plain = 1.0 / (self.base as f32).powf((2 * i) as f32 / head_dim as f32);
+                let plain = 1.0 / (self.base as f32).powf((2 * i) as f32 / self.dim as f32);
                 self.scaling.apply(plain, i)
             })
             .collect()

@@ -10,7 +10,7 @@ fn every_tap_logit_and_loss_agrees_with_transformers() {
         assert_eq!(provenance.source, case);
         assert_eq!(provenance.sha256.len(), 64);
         let found = run(&model, expected.tokens());
-        assert_eq!(found.len(), 3 * model.spec().n_layers + 3);
+        assert_eq!(found.len(), 4 * model.spec().n_layers + 3);
         let (error, name) = worst(&found, &expected);
         assert!(error <= TOLERANCE, "{case}: {name} is off by {error:e}");
         let direct = model.forward_nll(expected.tokens(), &mut NoTap).unwrap();
@@ -18,27 +18,79 @@ fn every_tap_logit_and_loss_agrees_with_transformers() {
     }
 }
 
+/// A mistake in reading a model, by what it is.
+type Impostor = (&'static str, fn(&mut Blueprint));
+
+const GEMMA2: [Impostor; 9] = [
+    ("window ignored", |b| b.spec.attention.windows.fill(None)),
+    ("window one too long", |b| b.spec.attention.windows.iter_mut().flatten().for_each(|w| *w += 1)),
+    ("window on odd layers", |b| b.spec.attention.windows.rotate_left(1)),
+    ("query scale from head width", |b| b.spec.attention.query_scale = 1.0 / 10f32.sqrt()),
+    ("no attention soft-cap", |b| b.spec.attention.softcap = None),
+    ("no final soft-cap", |b| b.spec.final_softcap = None),
+    ("embedding not scaled", |b| b.spec.embed_scale = 1.0),
+    ("gain without its one", |b| b.spec.norm.unit_offset = false),
+    ("SiLU for GELU", |b| b.spec.mlp.activation = MlpActivation::Silu),
+];
+const GEMMA3: [Impostor; 6] = [
+    ("global layer taken for a sliding one", |b| b.spec.attention.windows[2] = Some(5)),
+    ("pattern of six layers", |b| b.spec.attention.windows.fill(Some(5))),
+    ("global rotary base on sliding layers", |b| b.spec.attention.local_rope = None),
+    ("local rotary base everywhere", |b| b.spec.attention.rope.base = 60.0),
+    ("global frequencies not stretched", |b| b.spec.attention.rope.scaling = RopeScaling::None),
+    ("sliding frequencies stretched too", |b| {
+        b.spec.attention.local_rope.as_mut().unwrap().scaling = RopeScaling::Linear { factor: 4.0 };
+    }),
+];
+const LLAMA: [Impostor; 5] = [
+    ("rotary scaling ignored", |b| b.spec.attention.rope.scaling = RopeScaling::None),
+    ("interleaved rotary pairs", |b| b.interleaved_rope = true),
+    ("eps of another family", |b| b.spec.norm.eps = 1e-3),
+    ("exact GELU for SiLU", |b| b.spec.mlp.activation = MlpActivation::Gelu),
+    ("layer norm for RMS", |b| b.spec.norm.kind = NormKind::Layer),
+];
+const PYTHIA: [Impostor; 5] = [
+    ("one after the other", |b| b.spec.parallel = false),
+    ("heads not interleaved", |b| b.names.qkv = Qkv::Stacked("attention.query_key_value")),
+    ("all of a head turned", |b| b.spec.attention.rope.dim = 8),
+    ("tanh GELU for exact", |b| b.spec.mlp.activation = MlpActivation::GeluTanh),
+    ("RMS for layer norm", |b| b.spec.norm.kind = NormKind::Rms),
+];
+const NEOX_SERIAL: [Impostor; 3] = [
+    ("side by side", |b| b.spec.parallel = true),
+    ("a quarter of a head turned", |b| b.spec.attention.rope.dim = 2),
+    ("exact GELU for tanh", |b| b.spec.mlp.activation = MlpActivation::Gelu),
+];
+const GPT2: [Impostor; 3] = [
+    ("attention not scaled by layer", |b| b.spec.attention.scale_by_layer = false),
+    ("attention not scaled", |b| b.spec.attention.query_scale = 1.0),
+    ("heads interleaved", |b| b.names.qkv = Qkv::HeadByHead("attn.c_attn")),
+];
+const OTHERS: [(&str, Impostor); 5] = [
+    ("gemma3", ("no final soft-cap", |b| b.spec.final_softcap = None)),
+    ("nanogpt", ("tanh GELU for exact", |b| b.spec.mlp.activation = MlpActivation::GeluTanh)),
+    ("mistral", ("window ignored", |b| b.spec.attention.windows.fill(None))),
+    ("qwen2", ("window on the first layer too", |b| b.spec.attention.windows.fill(Some(4)))),
+    (
+        "gemma3-images",
+        ("stretched frequencies on sliding layers", |b| {
+            b.spec.attention.local_rope = Some(b.spec.attention.rope.clone());
+        }),
+    ),
+];
+
 #[test]
 fn impostors_are_told_apart() {
-    let gemma: [(&str, fn(&mut Blueprint)); 9] = [
-        ("window ignored", |b| b.spec.attention.windows.fill(None)),
-        ("window one too long", |b| b.spec.attention.windows.iter_mut().flatten().for_each(|w| *w += 1)),
-        ("window on odd layers", |b| b.spec.attention.windows.rotate_left(1)),
-        ("query scale from head width", |b| b.spec.attention.query_scale = 1.0 / 10f32.sqrt()),
-        ("no attention soft-cap", |b| b.spec.attention.softcap = None),
-        ("no final soft-cap", |b| b.spec.final_softcap = None),
-        ("embedding not scaled", |b| b.spec.embed_scale = 1.0),
-        ("gain without its one", |b| b.spec.norm.unit_offset = false),
-        ("SiLU for GELU", |b| b.spec.mlp.activation = shared::lm::GateActivation::Silu),
+    let families = [
+        ("gemma2", GEMMA2.as_slice()),
+        ("gemma3", &GEMMA3),
+        ("llama", &LLAMA),
+        ("pythia", &PYTHIA),
+        ("neox-serial", &NEOX_SERIAL),
+        ("gpt2", &GPT2),
     ];
-    let llama: [(&str, fn(&mut Blueprint)); 4] = [
-        ("rotary scaling ignored", |b| b.spec.attention.rope.scaling = shared::lm::RopeScaling::None),
-        ("interleaved rotary pairs", |b| b.interleaved_rope = true),
-        ("eps of another family", |b| b.spec.norm.eps = 1e-3),
-        ("exact GELU for SiLU", |b| b.spec.mlp.activation = shared::lm::GateActivation::Gelu),
-    ];
-    let all = gemma.iter().map(|i| ("gemma2", i)).chain(llama.iter().map(|i| ("llama", i)));
-    for (case, (name, change)) in all {
+    let all = families.into_iter().flat_map(|(case, impostors)| impostors.iter().map(move |i| (case, *i)));
+    for (case, (name, change)) in all.chain(OTHERS) {
         let expected = Expected::read(case);
         let mut impostor = blueprint(case);
         change(&mut impostor);
@@ -46,9 +98,26 @@ fn impostors_are_told_apart() {
         let (error, _) = worst(&run(&model, expected.tokens()), &expected);
         assert!(error > 10.0 * TOLERANCE, "{case}: {name} passes with {error:e}");
     }
+    // Tensors that a mistaken reader would leave out.
+    for (case, tensor, value) in [
+        ("gemma3", "model.layers.1.self_attn.q_norm.weight", -0.5),
+        ("qwen3", "model.layers.0.self_attn.k_norm.weight", 1.0),
+        ("gpt2", "transformer.wpe.weight", 0.0),
+        ("gpt2", "transformer.h.0.mlp.c_fc.bias", 0.0),
+        ("pythia", "gpt_neox.layers.2.post_attention_layernorm.bias", 0.0),
+        ("qwen2", "model.layers.1.self_attn.v_proj.bias", 0.0),
+        ("nanogpt-untied", "_orig_mod.lm_head.weight", 0.1),
+    ] {
+        let expected = Expected::read(case);
+        let mut memory = Memory::read(case);
+        memory.0.get_mut(tensor).unwrap().1.fill(value);
+        let model = build(&blueprint(case), &mut memory).unwrap();
+        let (error, _) = worst(&run(&model, expected.tokens()), &expected);
+        assert!(error > 10.0 * TOLERANCE, "{case}: {tensor} is not read: {error:e}");
+    }
     // Right values under the wrong layer.
     let expected = Expected::read("llama");
-    for site in [Site::Resid, Site::Mlp, Site::Attn] {
+    for site in [Site::Resid, Site::Mlp, Site::Attn, Site::MlpIn] {
         let (a, b) = (TapPoint::new(site, 0).to_string(), TapPoint::new(site, 1).to_string());
         assert!(distance(&expected.values[&a], &expected.values[&b]) > 10.0 * TOLERANCE);
     }
@@ -62,11 +131,33 @@ fn stopping_early_changes_nothing_and_does_less() {
         let full = run(&model, expected.tokens());
         let mut keep = Keep::default();
         assert_eq!(model.forward(expected.tokens(), &mut keep, Until::Layer(0)).unwrap(), None);
-        assert_eq!(keep.0.len(), 4, "{:?}", keep.0.keys());
+        assert_eq!(keep.0.len(), 5, "{:?}", keep.0.keys());
         assert!(keep.0.iter().all(|(name, values)| *values == full[name]));
         let n_layers = model.spec().n_layers;
         let beyond = model.forward(expected.tokens(), &mut NoTap, Until::Layer(n_layers));
         assert!(matches!(beyond, Err(LmError::Layer { .. })));
+    }
+}
+
+#[test]
+fn other_spellings_of_the_same_tensors_are_read() {
+    for (case, from, to) in [
+        ("gemma2", "model.", ""),
+        ("gemma3-images", "model.language_model.", "language_model.model."),
+        ("gemma3-images", "model.vision_tower.", "vision_tower."),
+        ("pythia", "lm_head.", "embed_out."),
+        ("neox-serial", "gpt_neox.", ""),
+        ("gpt2", "transformer.", ""),
+        ("nanogpt", "", "_orig_mod."),
+    ] {
+        let mut memory = Memory::default();
+        for (name, tensor) in Memory::read(case).0 {
+            let name = name.strip_prefix(from).map_or(name.clone(), |rest| format!("{to}{rest}"));
+            memory.0.insert(name, tensor);
+        }
+        let expected = Expected::read(case);
+        let model = build(&blueprint(case), &mut memory).unwrap();
+        assert!(worst(&run(&model, expected.tokens()), &expected).0 <= TOLERANCE, "{case} with {to}");
     }
 }
 
@@ -91,7 +182,7 @@ fn splicing_the_identity_changes_nothing_and_kept_positions_stay() {
     let tokens = expected.tokens();
     let clean = model.forward(tokens, &mut NoTap, Until::Logits).unwrap().unwrap();
     let keep: Vec<bool> = (0..tokens.n_tokens()).map(|i| i % expected.seq < 2).collect();
-    for site in [Site::Resid, Site::Mlp, Site::Attn] {
+    for site in [Site::Resid, Site::Mlp, Site::Attn, Site::MlpIn] {
         let point = TapPoint::new(site, 1);
         let mut identity = Splicer::new(point, keep.clone(), |rows: Rows<'_>| Ok(rows.data().to_vec()));
         let spliced = model.forward(tokens, &mut identity, Until::Logits).unwrap().unwrap();

@@ -18,24 +18,13 @@ fn broken_tensors_are_named() {
     let error = broken(&|m| m.0.get_mut(Q).unwrap().1[5] = f32::NAN);
     assert!(matches!(&error, LmError::NotFinite { index: 5, .. }), "{error}");
     let error = broken(&|m| assert!(m.0.get_mut(Q).unwrap().1.pop().is_some()));
-    assert!(matches!(&error, LmError::TensorShape { .. }), "{error}");
+    assert!(matches!(&error, LmError::Read { .. }), "{error}");
     let error = broken(&|m| {
         drop(m.0.insert("model.layers.1.self_attn.q_norm.weight".to_owned(), (vec![1], vec![1.0])));
     });
     assert!(matches!(&error, LmError::UnknownTensors { count: 1, .. }), "{error}");
     let error = broken(&|m| drop(m.0.remove("lm_head.weight")));
     assert!(matches!(&error, LmError::MissingTensor { .. }), "{error}");
-}
-
-#[test]
-fn a_model_saved_without_its_head_is_read_too() {
-    let mut memory = Memory::default();
-    for (name, tensor) in Memory::read("gemma2").0 {
-        memory.0.insert(name.strip_prefix("model.").unwrap().to_owned(), tensor);
-    }
-    let expected = Expected::read("gemma2");
-    let model = build(&blueprint("gemma2"), &mut memory).unwrap();
-    assert!(worst(&run(&model, expected.tokens()), &expected).0 <= TOLERANCE);
 }
 
 #[test]
@@ -73,6 +62,7 @@ fn hostile_configurations_are_refused() {
         ("rope_parameters", serde_json::json!({"rope_type": "linear"})),
         ("rope_parameters", serde_json::json!([1])),
         ("partial_rotary_factor", serde_json::json!(0.25)),
+        ("partial_rotary_factor", serde_json::json!(1.5)),
         ("use_bidirectional_attention", true.into()),
         ("attention_bias", true.into()),
         ("tie_word_embeddings", false.into()),

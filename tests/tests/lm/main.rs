@@ -15,18 +15,38 @@ use std::sync::Arc;
 use native::model::{self, Rayon};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use shared::lm::{
-    Blueprint, BosHints, CandleOps, FloatFormat, Gguf, GgufTensor, LanguageModel, LmError, NoTap,
-    SafetensorsHeader, Serial, Splicer, Tap, TapAction, TensorSource, TokenBatch, Tokenizer, Until,
-    dequantise, nll,
+    Blueprint, BosHints, CandleOps, FloatFormat, Gguf, GgufTensor, LanguageModel, LmError, MlpActivation,
+    NoTap, NormKind, Qkv, RopeScaling, SafetensorsHeader, Serial, Splicer, Tap, TapAction, TensorSource,
+    TokenBatch, Tokenizer, Until, dequantise, nll,
 };
 use shared::{Rows, Site, TapPoint};
 
 /// ‖Δ‖/‖reference‖ allowed at every tap, on logits and losses.
 const TOLERANCE: f64 = 1e-5;
-const CASES: [&str; 3] = ["gemma2", "llama", "llama-classic"];
+const CASES: [&str; 13] = [
+    "gemma2",
+    "gemma3",
+    "gemma3-images",
+    "gpt2",
+    "llama",
+    "llama-classic",
+    "mistral",
+    "nanogpt",
+    "nanogpt-untied",
+    "neox-serial",
+    "pythia",
+    "qwen2",
+    "qwen3",
+];
 
 fn golden(case: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/lm").join(case)
+}
+
+fn decode(format: FloatFormat, bytes: &[u8]) -> Vec<f32> {
+    let mut values = vec![0.0; bytes.len() / format.size()];
+    format.decode(bytes, &mut values);
+    values
 }
 
 /// The expected values of a golden, and its tokens.
@@ -45,7 +65,7 @@ impl Expected {
         let ids =
             ids.data().as_chunks().0.iter().map(|b| u32::try_from(i64::from_le_bytes(*b)).unwrap()).collect();
         let floats = file.iter().filter(|(name, _)| *name != "input_ids");
-        let values = floats.map(|(name, t)| (name.to_owned(), FloatFormat::F32.decode(t.data()))).collect();
+        let values = floats.map(|(name, t)| (name.to_owned(), decode(FloatFormat::F32, t.data()))).collect();
         Self { values, ids, seq }
     }
 
@@ -116,7 +136,7 @@ impl Memory {
                     Dtype::BF16 => FloatFormat::Bf16,
                     other => panic!("{other:?}"),
                 };
-                memory.0.insert(name.to_owned(), (tensor.shape().to_vec(), format.decode(tensor.data())));
+                memory.0.insert(name.to_owned(), (tensor.shape().to_vec(), decode(format, tensor.data())));
             }
         }
         memory
@@ -132,8 +152,13 @@ impl TensorSource for Memory {
         self.0.get(name).map(|(shape, _)| shape.clone())
     }
 
-    fn read(&mut self, name: &str) -> Result<Vec<f32>, LmError> {
-        Ok(self.0[name].1.clone())
+    fn read(&mut self, name: &str, out: &mut [f32]) -> Result<(), LmError> {
+        let values = &self.0[name].1;
+        if values.len() != out.len() {
+            return Err(LmError::Read { name: name.to_owned(), message: format!("{} values", values.len()) });
+        }
+        out.copy_from_slice(values);
+        Ok(())
     }
 }
 
