@@ -63,12 +63,11 @@ fn write_tap(
 ) -> Result<(Vec<FileInfo>, Moments)> {
     let row_bytes = width * dtype.size();
     let mut moments = Moments { sum: vec![0.0; width], squares: 0.0 };
-    let (mut files, mut rows, mut vector) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut files, mut rows, mut vector) = (Vec::new(), Vec::new(), vec![0.0; width]);
     for (i, wanted) in layout.order.chunks(per_shard).enumerate() {
         spool::gather(&spool::path(&folders.partial, point), row_bytes, wanted, &mut rows)?;
         for row in rows.chunks_exact(row_bytes) {
-            vector.clear();
-            store::extend(&mut vector, dtype, row);
+            store::decode(dtype, row, &mut vector);
             for (sum, &value) in moments.sum.iter_mut().zip(&vector) {
                 *sum += f64::from(value);
                 moments.squares += f64::from(value) * f64::from(value);

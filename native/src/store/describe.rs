@@ -10,7 +10,7 @@ impl Store {
     #[must_use]
     pub fn describe(&self) -> String {
         let m = &self.manifest;
-        let mut text = format!("store {}\n", self.folder.display());
+        let mut text = format!("store {}\n", self.place.show(""));
         let mut line = |name: &str, value: String| {
             // Writing into a String cannot fail.
             let _ = writeln!(text, "  {name:<10} {value}");

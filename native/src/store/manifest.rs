@@ -10,8 +10,10 @@ use crate::model::ModelProvenance;
 
 /// The value of [`Manifest::format`].
 pub const FORMAT: &str = "stratascope-store";
-/// The version this program reads and writes.
-pub const VERSION: u32 = 1;
+/// The version this program writes.
+pub const VERSION: u32 = 2;
+/// The oldest version it reads; the first had no [`FileInfo::crc64`].
+pub const OLDEST: u32 = 1;
 /// More sequences, vectors or bytes than this are a fault of the manifest, not a store.
 const MOST: u64 = 1 << 53;
 
@@ -39,7 +41,7 @@ impl Split {
     }
 }
 
-/// A file of the store: its length and content hash.
+/// A file of the store: its length and its checksums.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FileInfo {
@@ -47,6 +49,10 @@ pub struct FileInfo {
     pub bytes: u64,
     /// Lower-case hexadecimal SHA-256 of its bytes.
     pub sha256: String,
+    /// CRC-64/NVME of its bytes, 16 lower-case hexadecimal digits: what every reading is checked with, because it is
+    /// many times faster than SHA-256. Files of version 1 have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub crc64: Option<String>,
 }
 
 /// The tokenizer's part in what a sequence looks like.
@@ -147,7 +153,7 @@ pub struct TextCounts {
 pub struct Manifest {
     /// Always [`FORMAT`].
     pub format: String,
-    /// Always [`VERSION`].
+    /// [`OLDEST`] to [`VERSION`].
     pub version: u32,
     /// The program that wrote the store.
     pub writer: String,
@@ -213,6 +219,22 @@ impl Manifest {
         !special && !at
     }
 
+    /// Every file of the store but the manifest and the settings: its name below the store, and what it must be.
+    #[must_use]
+    pub fn files(&self) -> Vec<(String, &FileInfo)> {
+        let mut files: Vec<_> =
+            self.taps.iter().map(|tap| (super::mean_name(tap.point), &tap.mean)).collect();
+        for split in Split::ALL {
+            let info = self.split(split);
+            files.push((super::tokens_name(split), &info.tokens));
+            for (index, shard) in info.shards.iter().enumerate() {
+                let taps = self.taps.iter().zip(&shard.files);
+                files.extend(taps.map(|(tap, file)| (super::shard_name(tap.point, split, index), file)));
+            }
+        }
+        files
+    }
+
     /// Bytes of all shard files together.
     #[must_use]
     pub fn shard_bytes(&self) -> u64 {
@@ -228,8 +250,8 @@ impl Manifest {
         if self.format != FORMAT {
             return Err(fault("format", format!("`{}`", self.format), format!("`{FORMAT}`")));
         }
-        if self.version != VERSION {
-            return Err(fault("version", self.version, VERSION.to_string()));
+        if !(OLDEST..=VERSION).contains(&self.version) {
+            return Err(fault("version", self.version, format!("{OLDEST} to {VERSION}")));
         }
         if !(1..=1 << 24).contains(&self.sequence_length) {
             return Err(fault("sequence_length", self.sequence_length, "1 to 2^24"));
@@ -308,12 +330,14 @@ fn check_file(file: &FileInfo, field: &str) -> Result<(), ManifestError> {
     if file.bytes > MOST {
         return Err(fault(format!("{field}.bytes"), file.bytes, "below 2^53"));
     }
-    if file.sha256.len() != 64 || !file.sha256.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
-        return Err(fault(
-            format!("{field}.sha256"),
-            format!("`{}`", file.sha256),
-            "64 lower-case hexadecimal digits",
-        ));
+    let digits = |text: &str, n: usize| {
+        text.len() == n && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+    };
+    for (name, text, n) in [("sha256", Some(&file.sha256), 64), ("crc64", file.crc64.as_ref(), 16)] {
+        if let Some(text) = text.filter(|text| !digits(text, n)) {
+            let expected = format!("{n} lower-case hexadecimal digits");
+            return Err(fault(format!("{field}.{name}"), format!("`{text}`"), expected));
+        }
     }
     Ok(())
 }

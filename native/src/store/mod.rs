@@ -1,28 +1,31 @@
 //! The store: activation vectors on disk, shuffled when written so that training reads straight through.
 //!
-//! [`manifest`] is what `manifest.json` says; `tensors` streams the files; this file opens and reads a store.
-//! [`crate::harvest`] writes it. The format is described in `docs/store.md`.
+//! [`manifest`] is what `manifest.json` says; [`place`] is where a store lies and `bucket` the object stores it may lie in;
+//! `tensors` writes the files and `read` reads them; this file opens and reads a store. [`crate::harvest`] writes it. The format is described in `docs/store.md`.
 
 use std::collections::HashSet;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, ensure};
-use half::{bf16, f16};
-use safetensors::tensor::Dtype;
+use rayon::prelude::*;
 use shared::config::harvest::StoreDtype;
 use shared::tap::TapPoint;
 
+pub mod bucket;
 pub(crate) mod describe;
 pub mod manifest;
+pub mod place;
+mod read;
 pub(crate) mod tensors;
 #[cfg(test)]
 mod tests;
 
 use manifest::FileInfo;
 pub use manifest::{Manifest, Split, TapInfo};
-use tensors::Reader;
+pub use place::Place;
+pub(crate) use read::decode;
+use read::{Into, Tensor};
 
 /// The file whose presence makes a folder a finished store.
 pub const MANIFEST: &str = "manifest.json";
@@ -32,14 +35,15 @@ const LONGEST_MANIFEST: u64 = 1 << 30;
 /// A finished store, opened for reading. Cheap to share between threads.
 #[derive(Debug)]
 pub struct Store {
-    folder: PathBuf,
+    place: Place,
     manifest: Manifest,
-    /// Files whose hash was compared once in this process.
-    verified: Mutex<HashSet<PathBuf>>,
+    manifest_sha256: String,
+    /// Files without a CRC-64 whose SHA-256 was compared once in this process.
+    verified: Mutex<HashSet<String>>,
 }
 
 /// The vectors of one shard at one tap: raw (unnormalised), in shuffled order, with where each came from.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Shard {
     /// Values of a vector.
     pub width: usize,
@@ -74,51 +78,79 @@ impl Tokens {
     }
 }
 
-/// Where shard `index` of `split` at `point` lies inside a store.
+/// The name of shard `index` of `split` at `point` in a store.
+pub(crate) fn shard_name(point: TapPoint, split: Split, index: usize) -> String {
+    format!("{}/{point}/shard-{index:05}.safetensors", split.folder())
+}
+
+/// The name of the file of the tokens of `split`.
+pub(crate) fn tokens_name(split: Split) -> String {
+    format!("{}/tokens.safetensors", split.folder())
+}
+
+/// The name of the file of the mean training vector of `point`.
+pub(crate) fn mean_name(point: TapPoint) -> String {
+    format!("{}/{point}/mean.safetensors", Split::Train.folder())
+}
+
+/// Where shard `index` of `split` at `point` lies in a folder.
 pub(crate) fn shard_path(folder: &Path, point: TapPoint, split: Split, index: usize) -> PathBuf {
-    folder.join(split.folder()).join(point.to_string()).join(format!("shard-{index:05}.safetensors"))
+    folder.join(shard_name(point, split, index))
 }
 
 /// Where the tokens of `split` lie.
 pub(crate) fn tokens_path(folder: &Path, split: Split) -> PathBuf {
-    folder.join(split.folder()).join("tokens.safetensors")
+    folder.join(tokens_name(split))
 }
 
 /// Where the mean training vector of `point` lies.
 pub(crate) fn mean_path(folder: &Path, point: TapPoint) -> PathBuf {
-    folder.join(Split::Train.folder()).join(point.to_string()).join("mean.safetensors")
-}
-
-/// Reads a manifest strictly and checks it against itself.
-pub(crate) fn read_manifest(path: &Path) -> Result<Manifest> {
-    let context = || format!("cannot read {}", path.display());
-    let bytes = fs::metadata(path).with_context(context)?.len();
-    ensure!(bytes <= LONGEST_MANIFEST, "{} has {bytes} bytes: that is no manifest", path.display());
-    let text = fs::read(path).with_context(context)?;
-    let manifest: Manifest = serde_json::from_slice(&text)
-        .with_context(|| format!("{} is not a store manifest", path.display()))?;
-    manifest.check().with_context(|| path.display().to_string())?;
-    Ok(manifest)
+    folder.join(mean_name(point))
 }
 
 impl Store {
-    /// Opens the finished store in `folder`. Checks the manifest; files are checked as they are read.
+    /// Opens the finished store at `path`: a folder, or a URL as [`Place::of`] reads it. Checks the manifest; files are
+    /// checked as they are read.
     ///
     /// # Errors
     /// If there is no finished store, or the manifest is broken; names file and field.
-    pub fn open(folder: &Path) -> Result<Self> {
-        let path = folder.join(MANIFEST);
-        if !path.exists() {
-            let unfinished = folder.join(crate::harvest::PARTIAL_MANIFEST).exists();
-            let hint = if unfinished {
-                "its harvest was stopped before the end; run the same harvest again to finish it"
-            } else {
-                "there is no manifest.json"
+    pub fn open(path: &Path) -> Result<Self> {
+        Self::at(Place::of(path)?)
+    }
+
+    /// [`Store::open`] for a place that is known.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub fn at(place: Place) -> Result<Self> {
+        if !place.holds(MANIFEST)? {
+            let hint = match &place {
+                Place::Folder(folder) if folder.join(crate::harvest::PARTIAL_MANIFEST).exists() => {
+                    "its harvest was stopped before the end; run the same harvest again to finish it"
+                }
+                Place::Folder(_) => "there is no manifest.json",
+                Place::Bucket(_) => "there is no manifest.json, which a harvest writes last",
             };
-            anyhow::bail!("{} is not a finished store: {hint}", folder.display());
+            anyhow::bail!("{} is not a finished store: {hint}", place.show(""));
         }
-        let manifest = read_manifest(&path)?;
-        Ok(Self { folder: folder.to_owned(), manifest, verified: Mutex::default() })
+        let (name, bytes) = (place.show(MANIFEST), place.read(MANIFEST, LONGEST_MANIFEST)?);
+        let manifest: Manifest =
+            serde_json::from_slice(&bytes).with_context(|| format!("{name} is not a store manifest"))?;
+        manifest.check().with_context(|| name)?;
+        let manifest_sha256 = crate::files::sha256(&bytes);
+        Ok(Self { place, manifest, manifest_sha256, verified: Mutex::default() })
+    }
+
+    /// Where the store lies.
+    #[must_use]
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// SHA-256 of the manifest's bytes: with the checksums in it, it identifies everything in the store.
+    #[must_use]
+    pub fn manifest_sha256(&self) -> &str {
+        &self.manifest_sha256
     }
 
     /// What the store says about itself.
@@ -138,7 +170,7 @@ impl Store {
     fn tap_index(&self, point: TapPoint) -> Result<usize> {
         self.manifest.taps.iter().position(|t| t.point == point).with_context(|| {
             let held: Vec<_> = self.manifest.taps.iter().map(|t| t.point.to_string()).collect();
-            format!("the store {} has no tap {point}; it holds {}", self.folder.display(), held.join(", "))
+            format!("the store {} has no tap {point}; it holds {}", self.place.show(""), held.join(", "))
         })
     }
 
@@ -154,43 +186,60 @@ impl Store {
         self.manifest.split(split).shards.len()
     }
 
-    /// Reads shard `index` of `split` at `point`. The first reading of a file compares its hash with the manifest.
+    /// Reads shard `index` of `split` at `point`, comparing its checksum with the manifest.
     ///
     /// # Errors
     /// If there is no such tap or shard, or its file is missing, truncated, damaged or of another shape.
     pub fn read_shard(&self, point: TapPoint, split: Split, index: usize) -> Result<Shard> {
+        let mut shard = Shard::default();
+        self.read_shard_into(point, split, index, &mut shard)?;
+        Ok(shard)
+    }
+
+    /// [`Store::read_shard`] into the memory of a shard that is no longer needed, which saves much of the time when
+    /// many are read one after another. After an error `into` holds nothing that can be used.
+    ///
+    /// # Errors
+    /// As [`Store::read_shard`].
+    pub fn read_shard_into(
+        &self,
+        point: TapPoint,
+        split: Split,
+        index: usize,
+        into: &mut Shard,
+    ) -> Result<()> {
         let tap = self.tap_index(point)?;
         let shards = &self.manifest.split(split).shards;
         let shard = shards.get(index).with_context(|| {
             format!(
                 "{} has {} {} shards, no shard {index}",
-                self.folder.display(),
+                self.place.show(""),
                 shards.len(),
                 split.folder()
             )
         })?;
         let (width, dtype) = (self.manifest.taps[tap].width, self.manifest.dtype);
         let n = usize::try_from(shard.n_vectors)?;
-        let path = shard_path(&self.folder, point, split, index);
-        let (mut sequences, mut positions) = (Vec::new(), Vec::new());
-        let mut vectors = Vec::new();
-        self.read_file(&path, &shard.files[tap], |reader| {
-            // The reader compared the shape with the file's length before this allocates.
-            reader.tensor("x", safetensors_dtype(dtype), &[n, width], |piece| {
-                extend(&mut vectors, dtype, piece);
-            })?;
-            reader.tensor("sequence", Dtype::U32, &[n], |piece| extend_u32(&mut sequences, piece))?;
-            reader.tensor("position", Dtype::U32, &[n], |piece| extend_u32(&mut positions, piece))
-        })?;
+        let name = shard_name(point, split, index);
+        into.width = width;
+        self.read_file(
+            &name,
+            &shard.files[tap],
+            vec![
+                Tensor { name: "x", shape: &[n, width], into: Into::F32(dtype, &mut into.vectors) },
+                Tensor { name: "sequence", shape: &[n], into: Into::U32(&mut into.sequences) },
+                Tensor { name: "position", shape: &[n], into: Into::U32(&mut into.positions) },
+            ],
+        )?;
         let length = self.manifest.sequence_length;
         let n_sequences = self.manifest.split(split).n_sequences;
         ensure!(
-            sequences.iter().all(|&s| u64::from(s) < n_sequences)
-                && positions.iter().all(|&p| (p as usize) < length),
+            into.sequences.iter().all(|&s| u64::from(s) < n_sequences)
+                && into.positions.iter().all(|&p| (p as usize) < length),
             "{}: a vector claims a token outside the {n_sequences} sequences of {length}",
-            path.display()
+            self.place.show(&name)
         );
-        Ok(Shard { width, vectors, sequences, positions })
+        Ok(())
     }
 
     /// Reads the token sequences of `split`.
@@ -199,8 +248,11 @@ impl Store {
     /// If the file is missing, truncated, damaged or of another shape.
     pub fn tokens(&self, split: Split) -> Result<Tokens> {
         let info = self.manifest.split(split);
-        let length = self.manifest.sequence_length;
-        read_tokens(&self.folder, split, &info.tokens, usize::try_from(info.n_sequences)?, length)
+        let (sequence_length, mut ids) = (self.manifest.sequence_length, Vec::new());
+        let shape = [usize::try_from(info.n_sequences)?, sequence_length];
+        let wanted = Tensor { name: "ids", shape: &shape, into: Into::U32(&mut ids) };
+        self.read_file(&tokens_name(split), &info.tokens, vec![wanted])?;
+        Ok(Tokens { sequence_length, ids })
     }
 
     /// Reads the mean training vector of `point`, `[width]`.
@@ -208,32 +260,41 @@ impl Store {
     /// # Errors
     /// If the store does not hold the tap, or the file is missing, truncated, damaged or of another shape.
     pub fn mean(&self, point: TapPoint) -> Result<Vec<f32>> {
-        let tap = self.tap(point)?;
-        let mut mean = Vec::new();
-        self.read_file(&mean_path(&self.folder, point), &tap.mean, |reader| {
-            reader.tensor("mean", Dtype::F32, &[tap.width], |piece| extend(&mut mean, StoreDtype::F32, piece))
-        })?;
+        let (tap, mut mean) = (self.tap(point)?, Vec::new());
+        let into = Into::F32(StoreDtype::F32, &mut mean);
+        self.read_file(
+            &mean_name(point),
+            &tap.mean,
+            vec![Tensor { name: "mean", shape: &[tap.width], into }],
+        )?;
         Ok(mean)
     }
 
-    fn read_file(
-        &self,
-        path: &Path,
-        info: &FileInfo,
-        read: impl FnOnce(&mut Reader<'_>) -> Result<()>,
-    ) -> Result<()> {
-        let known = self.verified.lock().unwrap_or_else(PoisonError::into_inner).contains(path);
-        let mut reader = Reader::open(path, info, !known)?;
-        read(&mut reader)?;
-        reader.finish(info)?;
-        if !known {
-            self.verified.lock().unwrap_or_else(PoisonError::into_inner).insert(path.to_owned());
+    /// Reads every file and compares its SHA-256 and CRC-64; `done` is told the bytes of each file as it is finished.
+    ///
+    /// # Errors
+    /// Names the first file found that is missing, truncated or damaged.
+    pub fn verify(&self, done: impl Fn(u64) + Sync) -> Result<()> {
+        self.manifest.files().par_iter().try_for_each(|(name, info)| {
+            read::verify(&self.place.open(name)?, info)?;
+            done(info.bytes);
+            Ok(())
+        })
+    }
+
+    fn read_file(&self, name: &str, info: &FileInfo, wanted: Vec<Tensor<'_>>) -> Result<()> {
+        let blob = self.place.open(name)?;
+        if info.crc64.is_none()
+            && !self.verified.lock().unwrap_or_else(PoisonError::into_inner).contains(name)
+        {
+            read::verify(&blob, info)?;
+            self.verified.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned());
         }
-        Ok(())
+        read::tensors(&blob, info, wanted)
     }
 }
 
-/// Reads a tokens file and checks it against `info`.
+/// Reads a tokens file in a folder and checks it against `info`.
 pub(crate) fn read_tokens(
     folder: &Path,
     split: Split,
@@ -241,34 +302,9 @@ pub(crate) fn read_tokens(
     n_sequences: usize,
     sequence_length: usize,
 ) -> Result<Tokens> {
-    let path = tokens_path(folder, split);
-    let mut reader = Reader::open(&path, info, true)?;
     let mut ids = Vec::new();
-    reader.tensor("ids", Dtype::U32, &[n_sequences, sequence_length], |piece| extend_u32(&mut ids, piece))?;
-    reader.finish(info)?;
+    let (place, shape) = (Place::Folder(folder.to_owned()), [n_sequences, sequence_length]);
+    let wanted = Tensor { name: "ids", shape: &shape, into: Into::U32(&mut ids) };
+    read::tensors(&place.open(&tokens_name(split))?, info, vec![wanted])?;
     Ok(Tokens { sequence_length, ids })
-}
-
-/// The safetensors type of stored vectors.
-fn safetensors_dtype(dtype: StoreDtype) -> Dtype {
-    match dtype {
-        StoreDtype::F32 => Dtype::F32,
-        StoreDtype::Bf16 => Dtype::BF16,
-        StoreDtype::F16 => Dtype::F16,
-    }
-}
-
-/// Appends little-endian values of type `dtype`.
-pub(crate) fn extend(values: &mut Vec<f32>, dtype: StoreDtype, bytes: &[u8]) {
-    match dtype {
-        StoreDtype::F32 => values.extend(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b))),
-        StoreDtype::Bf16 => {
-            values.extend(bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()));
-        }
-        StoreDtype::F16 => values.extend(bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32())),
-    }
-}
-
-fn extend_u32(values: &mut Vec<u32>, bytes: &[u8]) {
-    values.extend(bytes.as_chunks().0.iter().map(|b| u32::from_le_bytes(*b)));
 }
