@@ -28,10 +28,10 @@ const OUT: &str = "STRATASCOPE_TEST_HARVEST_OUT";
 fn harvest_in_this_process() {
     let (Ok(text), Ok(out)) = (std::env::var(CONFIG), std::env::var(OUT)) else { return };
     let settings: HarvestConfig = resolve(&text, &[]).unwrap();
-    if harvest::finished(&settings, out.as_ref()).unwrap().is_none() {
+    if harvest::finished(&settings, &out).unwrap().is_none() {
         let loaded = model::load(settings.model.as_ref()).unwrap();
         let inputs = Inputs::of(&loaded, &settings).unwrap();
-        harvest::run(&settings, out.as_ref(), &inputs, &StopFlag::default()).unwrap();
+        harvest::run(&settings, &out, &inputs, &StopFlag::default()).unwrap();
     }
 }
 

@@ -8,17 +8,22 @@ use anyhow::{Context, Result};
 use shared::config::harvest::HarvestConfig;
 use shared::config::{self, Override};
 
-use crate::harvest::{self, Inputs};
+use crate::harvest::{self, Inputs, Output};
 use crate::model;
 use crate::stop::StopFlag;
-use crate::store::Store;
+use crate::store::{Place, Store};
 
-/// Arguments of `harvest`. Every flag but `--out` and `--json` is also a key of the configuration.
+/// Arguments of `harvest`. Every flag but `--out`, `--work` and `--json` is also a key of the configuration.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The folder to write the store into; an unfinished store there is resumed.
-    #[arg(long, value_name = "DIR")]
+    /// The folder to write the store into, or s3://bucket/prefix or gs://bucket/prefix; an unfinished store there is
+    /// resumed. Credentials and endpoint are taken from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
+    /// AWS_REGION, AWS_ENDPOINT_URL; GOOGLE_SERVICE_ACCOUNT).
+    #[arg(long, value_name = "DIR|URL")]
     out: PathBuf,
+    /// With a URL for --out: the folder of this machine to work in. Holds what is needed to resume until the end.
+    #[arg(long, value_name = "DIR")]
+    work: Option<PathBuf>,
     /// The model: a Hugging Face folder or a .gguf file.
     #[arg(long, value_name = "PATH")]
     model: Option<String>,
@@ -102,13 +107,14 @@ impl Args {
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     let config = args.resolve()?;
-    if let Some(store) = harvest::finished(&config, &args.out)? {
+    let out = Output::at(Place::of(&args.out)?, args.work.as_deref())?;
+    if let Some(store) = harvest::finished(&config, out.clone())? {
         tracing::info!("{} is already finished with these settings", args.out.display());
         return show(args, &store);
     }
     let stop = StopFlag::from_signals()?;
     let loaded = model::load(config.model.as_ref())?;
-    let summary = harvest::run(&config, &args.out, &Inputs::of(&loaded, &config)?, &stop)?;
+    let summary = harvest::run(&config, out, &Inputs::of(&loaded, &config)?, &stop)?;
     if args.json {
         writeln!(io::stdout(), "{}", serde_json::to_string_pretty(&summary)?)?;
     } else {

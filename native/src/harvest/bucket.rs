@@ -15,6 +15,9 @@ use crate::store::manifest::{FileInfo, ShardInfo};
 use crate::store::tensors::{self, TensorHeader};
 use crate::store::{self, Split};
 
+/// Bytes of vectors brought into order at a time, for each thread: what keeps memory bounded however long a shard is.
+pub(super) const GATHERED: usize = 64 << 20;
+
 /// The sum of stored vectors and of their squared norms, in f64.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Moments {
@@ -64,15 +67,9 @@ fn write_tap(
     let row_bytes = width * dtype.size();
     let mut moments = Moments { sum: vec![0.0; width], squares: 0.0 };
     let (mut files, mut rows, mut vector) = (Vec::new(), Vec::new(), vec![0.0; width]);
+    let spooled = spool::path(&folders.partial, point);
+    let at_once = (GATHERED / row_bytes).max(1);
     for (i, wanted) in layout.order.chunks(per_shard).enumerate() {
-        spool::gather(&spool::path(&folders.partial, point), row_bytes, wanted, &mut rows)?;
-        for row in rows.chunks_exact(row_bytes) {
-            store::decode(dtype, row, &mut vector);
-            for (sum, &value) in moments.sum.iter_mut().zip(&vector) {
-                *sum += f64::from(value);
-                moments.squares += f64::from(value) * f64::from(value);
-            }
-        }
         let origin =
             |of: &[u32]| -> Vec<u8> { wanted.iter().flat_map(|&w| of[w as usize].to_le_bytes()).collect() };
         let (sequences, positions) = (origin(&layout.sequences), origin(&layout.positions));
@@ -80,7 +77,17 @@ fn write_tap(
         let (shape, origin_shape) = ([wanted.len(), width], [wanted.len()]);
         let headers = shard_headers(dtype, &shape, &origin_shape);
         files.push(tensors::write(&path, &headers, |out| {
-            out.write_all(&rows)?;
+            for wanted in wanted.chunks(at_once) {
+                spool::gather(&spooled, row_bytes, wanted, &mut rows)?;
+                for row in rows.chunks_exact(row_bytes) {
+                    store::decode(dtype, row, &mut vector);
+                    for (sum, &value) in moments.sum.iter_mut().zip(&vector) {
+                        *sum += f64::from(value);
+                        moments.squares += f64::from(value) * f64::from(value);
+                    }
+                }
+                out.write_all(&rows)?;
+            }
             out.write_all(&sequences)?;
             out.write_all(&positions)
         })?);

@@ -181,11 +181,11 @@ impl Live {
             let end = (first + self.config.batch).min(bucket.sequences.end);
             feed.run(first..end, &mut |_, value, rows| {
                 bytes.clear();
-                values.clear();
                 spool::encode(value, rows, dtype, &mut bytes).with_context(|| {
                     format!("{}, {} sequences {first}..{end}", self.taps[0].0, split.folder())
                 })?;
-                store::extend(&mut values, dtype, &bytes);
+                values.resize(rows.len() * width, 0.0);
+                store::decode(dtype, &bytes, &mut values);
                 for (row, place) in values.chunks_exact(width).zip(&mut places) {
                     let start = place as usize * width;
                     vectors[start..start + width].copy_from_slice(row);

@@ -25,6 +25,7 @@ use crate::store::{self, Manifest, Split, Store, Tokens};
 mod bucket;
 mod feed;
 mod live;
+mod output;
 mod partial;
 mod plan;
 mod random;
@@ -38,6 +39,7 @@ mod tests;
 
 use bucket::Folders;
 pub use live::Live;
+pub use output::Output;
 use partial::{Half, Partial};
 use plan::{Bucket, Keep};
 use source::{ActivationModel, Encode};
@@ -47,6 +49,8 @@ pub use summary::Summary;
 pub const PARTIAL_MANIFEST: &str = "manifest.partial.json";
 /// The resolved configuration, kept in the store.
 pub const CONFIG: &str = "harvest.toml";
+/// The longest [`CONFIG`] read.
+const LONGEST_CONFIG: u64 = 1 << 20;
 /// The folder of unfinished work inside a store.
 const PARTIAL: &str = "partial";
 
@@ -88,33 +92,33 @@ struct Times {
     disk: Duration,
 }
 
-/// The finished store in `out`, if `config` already made it.
+/// The finished store at `out`, if `config` already made it.
 ///
 /// # Errors
 /// If `out` holds a store, finished or not, of another configuration; names the keys that differ.
-pub fn finished(config: &HarvestConfig, out: &Path) -> Result<Option<Store>> {
-    if let Some(partial) = Partial::read(out)? {
+pub fn finished(config: &HarvestConfig, out: impl Into<Output>) -> Result<Option<Store>> {
+    let out = &out.into();
+    if let Some(partial) = Partial::read(out.work())? {
         refuse_other(config, &partial.config, out)?;
     }
-    if !out.join(store::MANIFEST).exists() {
+    let place = out.place();
+    if !place.holds(store::MANIFEST)? {
         return Ok(None);
     }
-    let path = out.join(CONFIG);
-    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    let made: HarvestConfig =
-        shared::config::resolve(&text, &[]).with_context(|| path.display().to_string())?;
+    let text = String::from_utf8(place.read(CONFIG, LONGEST_CONFIG)?).context(place.show(CONFIG))?;
+    let made: HarvestConfig = shared::config::resolve(&text, &[]).with_context(|| place.show(CONFIG))?;
     refuse_other(config, &made, out)?;
-    let store = Store::open(out)?;
-    remove_partial(out)?;
+    let store = Store::at(place)?;
+    out.clean()?;
     Ok(Some(store))
 }
 
-fn refuse_other(config: &HarvestConfig, made: &HarvestConfig, out: &Path) -> Result<()> {
+fn refuse_other(config: &HarvestConfig, made: &HarvestConfig, out: &Output) -> Result<()> {
     let keys = partial::differing_keys(config, made)?;
     ensure!(
         keys.is_empty(),
-        "{} holds a store made with other settings ({}): choose another folder, or the same settings",
-        out.display(),
+        "{} holds a store made with other settings ({}): choose another place, or the same settings",
+        out.show(),
         keys.join(", ")
     );
     Ok(())
@@ -125,29 +129,41 @@ fn refuse_other(config: &HarvestConfig, made: &HarvestConfig, out: &Path) -> Res
 /// # Errors
 /// [`Stopped`] when `stop` was raised, with a resumable state left behind; else what went wrong with text, model or disk. What
 /// was finished stays.
-pub fn run(config: &HarvestConfig, out: &Path, inputs: &Inputs<'_>, stop: &StopFlag) -> Result<Summary> {
+pub fn run(
+    config: &HarvestConfig,
+    out: impl Into<Output>,
+    inputs: &Inputs<'_>,
+    stop: &StopFlag,
+) -> Result<Summary> {
+    run_to(config, &out.into(), inputs, stop)
+}
+
+fn run_to(config: &HarvestConfig, out: &Output, inputs: &Inputs<'_>, stop: &StopFlag) -> Result<Summary> {
     config.validate()?;
     let started = Instant::now();
     let taps = taps(config, inputs.model)?;
-    let folders = Folders { store: out.to_owned(), partial: out.join(PARTIAL) };
+    let work = out.work();
+    let folders = Folders { store: work.to_owned(), partial: work.join(PARTIAL) };
     let _lock = claim(&folders)?;
-    let (mut partial, halves) = match Partial::read(out)? {
+    out.claim()?;
+    space::check_memory(config, &taps)?;
+    let (mut partial, halves) = match Partial::read(work)? {
         Some(partial) => {
             refuse_other(config, &partial.config, out)?;
             ensure!(
                 partial.model == inputs.provenance && partial.taps == taps,
                 "the unfinished store {} was made with another model than {}: it cannot be resumed",
-                out.display(),
+                out.show(),
                 config.model
             );
-            let halves = reread(out, &partial)?;
+            let halves = reread(work, &partial)?;
             (partial, halves)
         }
-        None => begin(config, out, inputs, taps, stop)?,
+        None => begin(config, work, inputs, taps, stop)?,
     };
-    let run = Run { config, folders, inputs, stop, halves: &halves };
+    let run = Run { config, folders, out, inputs, stop, halves: &halves };
     let (manifest, times) = run.finish(&mut partial).map_err(|error| summary::explain(error, &partial))?;
-    remove_partial(out)?;
+    out.clean()?;
     Ok(Summary::new(&manifest, started.elapsed(), times.model, times.disk))
 }
 
@@ -196,17 +212,6 @@ fn sweep(folder: &Path, depth: usize) -> Result<()> {
         } else if entry.file_name().to_string_lossy().starts_with(files::TEMPORARY) {
             fs::remove_file(entry.path()).with_context(context)?;
         }
-    }
-    Ok(())
-}
-
-fn remove_partial(out: &Path) -> Result<()> {
-    let (state, work) = (out.join(PARTIAL_MANIFEST), out.join(PARTIAL));
-    if state.exists() {
-        fs::remove_file(&state).with_context(|| format!("cannot remove {}", state.display()))?;
-    }
-    if work.exists() {
-        fs::remove_dir_all(&work).with_context(|| format!("cannot remove {}", work.display()))?;
     }
     Ok(())
 }
@@ -275,6 +280,7 @@ fn reread(out: &Path, partial: &Partial) -> Result<[Tokens; 2]> {
 struct Run<'a> {
     config: &'a HarvestConfig,
     folders: Folders,
+    out: &'a Output,
     inputs: &'a Inputs<'a>,
     stop: &'a StopFlag,
     halves: &'a [Tokens; 2],
@@ -286,7 +292,8 @@ impl Run<'_> {
         let keep = Keep { tokenizer: &tokenizer, dropped: &dropped };
         let plans =
             self.halves.each_ref().map(|half| plan::buckets(half, keep, self.config.bucket_vectors.0));
-        space::check(&self.folders.store, partial, &plans)?;
+        self.out.send_shards(partial, self.stop)?;
+        space::check(self.out, partial, &plans)?;
         let total: u64 = self.halves.iter().map(|half| half.ids.len() as u64).sum();
         let bar = progress::bar(total, "harvest", "tokens");
         let mut times = Times::default();
@@ -302,7 +309,9 @@ impl Run<'_> {
         }
         bar.finish_and_clear();
         let moments = bucket::total_moments(&self.folders.partial, plans[0].len(), &partial.taps)?;
-        Ok((partial.finish(&self.folders.store, &moments)?, times))
+        let manifest = partial.finish(&self.folders.store, &moments)?;
+        self.out.finish(&manifest)?;
+        Ok((manifest, times))
     }
 
     fn skip(&self, bar: &ProgressBar, sequences: usize) {
@@ -382,6 +391,7 @@ impl Run<'_> {
         partial.halves[split as usize].buckets.push(shards);
         partial.write(&self.folders.store)?;
         spool::clear(&self.folders.partial, &partial.taps)?;
+        self.out.send_shards(partial, self.stop)?;
         times.disk += before.elapsed();
         Ok(())
     }

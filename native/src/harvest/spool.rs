@@ -4,11 +4,11 @@
 //! says how many sequences are safely in it, and a resumed harvest goes on from there.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail};
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 use shared::Rows;
@@ -145,50 +145,61 @@ pub(super) fn clear(folder: &Path, taps: &[(TapPoint, usize)]) -> Result<()> {
     Ok(())
 }
 
-/// Appends the rows of `value` that `rows` names as values of `dtype`.
+/// Appends the rows of `value` that `rows` names as values of `dtype`, rounded to the nearest, ties to even.
 ///
 /// # Errors
-/// If a value is not finite, in the model's output or after rounding to `dtype`.
+/// If a value is not finite, in the model's output or after rounding to `dtype`; says which and what to do.
 pub(super) fn encode(value: Rows<'_>, rows: &[usize], dtype: StoreDtype, bytes: &mut Vec<u8>) -> Result<()> {
     for &row in rows {
         let values = value.row(row);
-        let finite = values.iter().all(|v| v.is_finite());
-        ensure!(
-            finite,
-            "the model's output at row {row} of the batch holds a value that is not a finite number"
-        );
+        if let Some((at, value)) = values.iter().enumerate().find(|(_, v)| !v.is_finite()) {
+            bail!(
+                "the model gave {value} as value {at} of row {row} of the batch, which is not a finite number"
+            );
+        }
         let fits = match dtype {
             StoreDtype::F32 => {
                 bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));
-                true
+                None
             }
             StoreDtype::Bf16 => {
                 bytes.extend(values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()));
-                values.iter().all(|v| bf16::from_f32(*v).is_finite())
+                values.iter().find(|v| !bf16::from_f32(**v).is_finite())
             }
             StoreDtype::F16 => {
                 bytes.extend(values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()));
-                values.iter().all(|v| f16::from_f32(*v).is_finite())
+                values.iter().find(|v| !f16::from_f32(**v).is_finite())
             }
         };
-        ensure!(fits, "a value at row {row} of the batch does not fit {dtype:?}: set dtype to bf16 or f32");
+        if let Some(large) = fits {
+            let (name, most) = match dtype {
+                StoreDtype::F16 => ("f16", "65504"),
+                StoreDtype::F32 | StoreDtype::Bf16 => ("bf16", "3.39e38"),
+            };
+            let advice = if dtype == StoreDtype::F16 { "bf16 or f32" } else { "f32" };
+            bail!(
+                "the model gave {large} at row {row} of the batch, and {name} holds at most {most}: set dtype to \
+                 {advice} (massive activations at a few positions are usual; drop_positions leaves them out)"
+            );
+        }
     }
     Ok(())
 }
 
 /// Reads rows `wanted` of a spool file into `rows`, in the order wanted. The file is read front to back.
-pub(super) fn gather(path: &Path, row_bytes: usize, wanted: &[u32], rows: &mut Vec<u8>) -> Result<()> {
-    let context = || format!("cannot read {}", path.display());
-    let mut file = File::open(path).with_context(context)?;
+pub(super) fn gather(path: &Path, row_bytes: usize, wanted: &[u32], rows: &mut Vec<u8>) -> io::Result<()> {
+    let named =
+        |error: io::Error| io::Error::new(error.kind(), format!("cannot read {}: {error}", path.display()));
+    let mut file = File::open(path).map_err(named)?;
     let mut places: Vec<(u32, usize)> = wanted.iter().copied().zip(0..).collect();
     places.sort_unstable();
     rows.resize(wanted.len() * row_bytes, 0);
     let mut at = None;
     for (row, place) in places {
         if at != Some(row) {
-            file.seek(SeekFrom::Start(u64::from(row) * row_bytes as u64)).with_context(context)?;
+            file.seek(SeekFrom::Start(u64::from(row) * row_bytes as u64)).map_err(named)?;
         }
-        file.read_exact(&mut rows[place * row_bytes..(place + 1) * row_bytes]).with_context(context)?;
+        file.read_exact(&mut rows[place * row_bytes..(place + 1) * row_bytes]).map_err(named)?;
         at = row.checked_add(1);
     }
     Ok(())
@@ -237,7 +248,10 @@ mod tests {
         let large = [0.0, 70_000.0];
         let large = Rows::new(&large, 2).unwrap();
         let error = spool.append(0, large, &[0], StoreDtype::F16).unwrap_err().to_string();
-        assert!(error.contains("bf16"), "{error}");
+        assert!(
+            error.contains("gave 70000") && error.contains("65504") && error.contains("bf16 or f32"),
+            "{error}"
+        );
         spool.append(0, large, &[0], StoreDtype::Bf16).unwrap();
         // Rows that are not stored may hold anything.
         let mixed = [f32::INFINITY, 0.0, 1.0, 2.0];

@@ -302,8 +302,8 @@ fn more_than_the_disk_holds_is_refused_before_the_model_runs() {
     let _ = place.run("s", Some(1)).unwrap_err();
     let mut partial = Partial::read(&place.out("s")).unwrap().unwrap();
     let plans = [vec![Bucket { sequences: 0..1, n_vectors: 1 << 44 }], Vec::new()];
-    let error = space::check(&place.out("s"), &partial, &plans).unwrap_err().to_string();
+    let error = space::check(&Output::folder(&place.out("s")), &partial, &plans).unwrap_err().to_string();
     assert!(error.contains("free"), "{error}");
     partial.halves[0].buckets = vec![Vec::new()];
-    space::check(&place.out("s"), &partial, &plans).unwrap();
+    space::check(&Output::folder(&place.out("s")), &partial, &plans).unwrap();
 }

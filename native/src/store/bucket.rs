@@ -2,6 +2,7 @@
 //!
 //! The client is asynchronous; a small runtime of its own drives it, and nothing outside this file knows.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 use std::ops::Range;
@@ -10,6 +11,7 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use futures_util::TryStreamExt;
 use object_store::aws::AmazonS3Builder;
 use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::path::Path as Key;
@@ -97,7 +99,8 @@ impl Bucket {
         parts.collect::<Vec<_>>().join("/")
     }
 
-    pub(super) fn url(&self, name: &str) -> String {
+    /// How people know the object `name`.
+    pub(crate) fn url(&self, name: &str) -> String {
         [self.root.clone(), self.path(name)]
             .into_iter()
             .filter(|p| !p.is_empty())
@@ -146,6 +149,21 @@ impl Bucket {
         let got = got.map_err(|error| self.explain("read", name, error))?;
         ensure!(got.len() as u64 == wanted, "{}: {} bytes came, wanted {wanted}", self.url(name), got.len());
         Ok(got.into())
+    }
+
+    /// The names of all objects under the prefix, and their lengths.
+    ///
+    /// # Errors
+    /// As [`Bucket::find`].
+    pub(crate) fn list(&self) -> Result<BTreeMap<String, u64>> {
+        let prefix = (!self.prefix.is_empty()).then(|| self.key("")).transpose()?;
+        let listed = runtime()?.block_on(self.client.list(prefix.as_ref()).try_collect::<Vec<_>>());
+        let listed = listed.map_err(|error| self.explain("list", "", error))?;
+        let name = |key: &Key| {
+            let key = key.as_ref();
+            key.strip_prefix(&self.prefix).unwrap_or(key).trim_start_matches('/').to_owned()
+        };
+        Ok(listed.into_iter().map(|object| (name(&object.location), object.size)).collect())
     }
 
     /// Whether the object `name` is there with the length and hash of `info`.

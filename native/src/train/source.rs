@@ -10,8 +10,7 @@ use serde_json::{Value, json};
 use shared::format::SaeMetadata;
 use shared::tap::TapPoint;
 
-use crate::files::sha256_file;
-use crate::store::{MANIFEST, Split, Store};
+use crate::store::{Split, Store};
 
 /// Length and mean of raw vectors as a whole.
 #[derive(Debug, Clone, PartialEq)]
@@ -107,9 +106,9 @@ impl StoreTap {
         let tap = store.tap(point)?;
         let (width, scale) = (tap.width, tap.scale);
         ensure!(store.n_vectors(Split::Train) > 0, "{} holds no training vectors", folder.display());
-        let manifest = sha256_file(&folder.join(MANIFEST))?;
         let mean = store.mean(point)?.into_iter().map(f64::from).collect();
-        let provenance = json!({ "store_manifest_sha256": manifest, "tap": point.to_string() });
+        let provenance =
+            json!({ "store_manifest_sha256": store.manifest_sha256(), "tap": point.to_string() });
         Ok(Self { store, point, width, statistics: Statistics { scale, mean }, provenance })
     }
 }
