@@ -24,7 +24,7 @@ pub(crate) struct Args {
     /// The autoencoder: a folder or file of any format that can be read.
     #[arg(long, value_name = "PATH")]
     sae: PathBuf,
-    /// The activation store made by `harvest`.
+    /// The activation store made by `harvest`: a folder, or s3://bucket/prefix or gs://bucket/prefix.
     #[arg(long, value_name = "DIR")]
     store: PathBuf,
     /// The language model the store was harvested from; without it, delta loss is not measured.

@@ -3,27 +3,35 @@
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use shared::certify::norm;
 use shared::{Activation, Sae};
 
 use crate::model;
+use crate::progress;
 use crate::sae_files::{self, SaeFile};
 use crate::store::Store;
+use crate::store::describe::bytes;
+use crate::store::place::is_url;
 
 /// Arguments of `inspect`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Tells the kind by content: an autoencoder, a store, a pack or a language model.
 
-Example:
-  stratascope inspect runs/a --json")]
+Examples:
+  stratascope inspect runs/a --json
+  stratascope inspect s3://bucket/store --verify")]
 pub(crate) struct Args {
-    /// A file or folder.
-    #[arg(value_name = "PATH")]
+    /// A file or folder; for a store also s3://bucket/prefix or gs://bucket/prefix.
+    #[arg(value_name = "PATH|URL")]
     path: PathBuf,
+    /// Read every file of a store and compare its checksums; says how fast that went.
+    #[arg(long)]
+    verify: bool,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -31,7 +39,13 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     let path = &args.path;
-    let (text, value) = describe(path)?;
+    let (mut text, mut value) = describe(path)?;
+    if args.verify {
+        ensure!(value["kind"] == "store", "--verify is for stores; {} is none", path.display());
+        let (line, figures) = verify(&Store::open(path)?)?;
+        text.push_str(&line);
+        value["verified"] = figures;
+    }
     let mut out = std::io::stdout().lock();
     if args.json {
         serde_json::to_writer_pretty(&mut out, &value)?;
@@ -42,8 +56,36 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
+/// Reads all of a store; what is to be said of it.
+fn verify(store: &Store) -> Result<(String, Value)> {
+    let total: u64 = store.manifest().files().iter().map(|(_, file)| file.bytes).sum();
+    let bar = progress::bar(total, "verify", "B");
+    let started = Instant::now();
+    store.verify(|bytes| bar.inc(bytes))?;
+    bar.finish_and_clear();
+    let seconds = started.elapsed().as_secs_f64().max(1e-9);
+    #[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
+    let rate = total as f64 / seconds / 1e9;
+    let line = format!(
+        "  verified   {} in {seconds:.1} s, {rate:.2} GB/s: every file is what it was\n",
+        bytes(total)
+    );
+    Ok((line, json!({"bytes": total, "seconds": seconds})))
+}
+
+fn describe_store(path: &Path) -> Result<(String, Value)> {
+    let store = Store::open(path)?;
+    let mut value = serde_json::to_value(store.manifest())?;
+    value["kind"] = "store".into();
+    value["manifest_sha256"] = store.manifest_sha256().into();
+    Ok((store.describe(), value))
+}
+
 /// What is at `path`, for people and for machines.
 fn describe(path: &Path) -> Result<(String, Value)> {
+    if is_url(path) {
+        return describe_store(path);
+    }
     if sae_files::is_sae(path) {
         let value = sae_summary(&sae_files::read(path)?);
         return Ok((lines(&format!("autoencoder {}", path.display()), &value), value));
@@ -61,10 +103,7 @@ fn describe(path: &Path) -> Result<(String, Value)> {
         return Ok((lines(&format!("pack {}", path.display()), &brief), value));
     }
     if path.join("manifest.json").is_file() {
-        let store = Store::open(path)?;
-        let mut value = serde_json::to_value(store.manifest())?;
-        value["kind"] = "store".into();
-        return Ok((store.describe(), value));
+        return describe_store(path);
     }
     let is_gguf = |p: &Path| p.extension().is_some_and(|e| e == "gguf");
     let holds_gguf = || fs::read_dir(path).is_ok_and(|entries| entries.flatten().any(|e| is_gguf(&e.path())));

@@ -19,7 +19,7 @@ use crate::train::{ActivationSource, LiveTap, StoreTap, Summary, VectorsFile, ru
 /// Arguments of `train`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The store to train on, as written by `harvest`.
+    /// The store to train on, as written by `harvest`: a folder, or s3://bucket/prefix or gs://bucket/prefix.
     #[arg(long, value_name = "DIR", group = "data")]
     store: Option<PathBuf>,
     /// A safetensors file to train on instead of a store: `x [n, width]` f32, and optionally `held_out`.

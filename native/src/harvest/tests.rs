@@ -2,7 +2,9 @@
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::PathBuf;
+use std::process::Command;
 
 use shared::Rows;
 use shared::config::harvest::StoreDtype;
@@ -28,10 +30,11 @@ fn formula(point: TapPoint, id: u32, position: usize, j: usize) -> f32 {
     ((id as usize * 7 + position * 3 + j * 5 + point.layer * 11) * site % 127) as f32 - 60.0
 }
 
-/// Raises `stop` after a number of batches; `None` never stops.
+/// Raises `stop` after a number of batches, or fills a disk; `None` never stops.
 struct Formula<'a> {
     stop: &'a StopFlag,
     batches_left: Cell<Option<u32>>,
+    fill: Option<&'a Path>,
 }
 
 impl ActivationModel for Formula<'_> {
@@ -63,10 +66,21 @@ impl ActivationModel for Formula<'_> {
         }
         let left = self.batches_left.get().map(|n| n.saturating_sub(1));
         self.batches_left.set(left);
-        if left == Some(0) {
-            self.stop.raise();
+        match self.fill {
+            _ if left != Some(0) => {}
+            Some(path) if !path.exists() => fill_up(path),
+            Some(_) => {}
+            None => self.stop.raise(),
         }
         Ok(())
+    }
+}
+
+/// Writes a file until its disk is full.
+fn fill_up(path: &Path) {
+    let mut file = File::create(path).unwrap();
+    for piece in [vec![1; 1 << 20], vec![1; 1 << 10], vec![1; 1]] {
+        while file.write_all(&piece).is_ok() {}
     }
 }
 
@@ -104,8 +118,12 @@ impl Place {
     }
 
     fn run(&self, name: &str, batches: Option<u32>) -> Result<Summary> {
+        self.run_filling(name, batches, None)
+    }
+
+    fn run_filling(&self, name: &str, batches: Option<u32>, fill: Option<&Path>) -> Result<Summary> {
         let stop = StopFlag::default();
-        let model = Formula { stop: &stop, batches_left: Cell::new(batches) };
+        let model = Formula { stop: &stop, batches_left: Cell::new(batches), fill };
         let inputs = Inputs {
             encode: &Words,
             model: &model,
@@ -306,4 +324,48 @@ fn more_than_the_disk_holds_is_refused_before_the_model_runs() {
     assert!(error.contains("free"), "{error}");
     partial.halves[0].buckets = vec![Vec::new()];
     space::check(&Output::folder(&place.out("s")), &partial, &plans).unwrap();
+}
+
+/// A disk of its own in memory, for as long as the test takes. Mounting needs rights that not every machine gives.
+struct Disk(PathBuf);
+
+impl Disk {
+    fn mount(folder: PathBuf) -> Option<Self> {
+        fs::create_dir(&folder).unwrap();
+        let mut mount = Command::new("mount");
+        let mounted = mount.args(["-t", "tmpfs", "-o", "size=96m", "none"]).arg(&folder).output();
+        mounted.is_ok_and(|done| done.status.success()).then_some(Self(folder))
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_disk_that_fills_on_the_way_is_said_and_the_harvest_goes_on_when_there_is_space() {
+    let place = Place::new();
+    place.run("whole", None).unwrap();
+    let whole = files_of(&place.out("whole"));
+    let Some(disk) = Disk::mount(place.out("disk")) else {
+        eprintln!("not tested: no file system can be mounted here");
+        return;
+    };
+    // In the first bucket, at its end, and among the held-out ones.
+    for batches in [2, 11, 25, 38] {
+        let (name, filler) = (format!("disk/s-{batches}"), disk.0.join("filler"));
+        let error = format!("{:#}", place.run_filling(&name, Some(batches), Some(&filler)).unwrap_err());
+        assert!(
+            error.contains("the disk is full") && error.contains("run the same command again"),
+            "{error}"
+        );
+        // Still full: refused before the model runs, and nothing is lost.
+        let error = format!("{:#}", place.run(&name, None).unwrap_err());
+        assert!(error.contains("free space") || error.contains("disk is full"), "{error}");
+        fs::remove_file(&filler).unwrap();
+        place.run(&name, None).unwrap();
+        assert!(files_of(&place.out(&name)) == whole, "{batches}");
+    }
 }

@@ -24,6 +24,14 @@ impl Store {
             ),
         );
         line("text", text_line(m));
+        line(
+            "tokenizer",
+            format!(
+                "{} tokens, {} of them special",
+                grouped(m.tokenizer.vocab_size as u64),
+                grouped(m.tokenizer.special_ids.len() as u64)
+            ),
+        );
         line("sequences", sequences_line(m));
         line("dropped", dropped_line(m));
         for split in Split::ALL {
@@ -38,20 +46,36 @@ impl Store {
             );
             line(split.folder(), value);
         }
-        for tap in &m.taps {
-            line(&tap.point.to_string(), format!("width {}, C {:.6}", tap.width, tap.scale));
+        line("bytes", format!("{} as {}", bytes(m.shard_bytes()), m.dtype.safetensors_name().to_lowercase()));
+        for (i, tap) in m.taps.iter().enumerate() {
+            let shards = m.train.shards.iter().chain(&m.held_out.shards);
+            let size = bytes(shards.filter_map(|shard| shard.files.get(i)).map(|file| file.bytes).sum());
+            line(&tap.point.to_string(), format!("width {}, C {:.6}, {size}", tap.width, tap.scale));
         }
-        line(
-            "on disk",
-            format!("{} as {}", bytes(m.shard_bytes()), m.dtype.safetensors_name().to_lowercase()),
-        );
+        line("checksums", checksums_line(m));
         text
     }
 }
 
+fn checksums_line(m: &Manifest) -> String {
+    let files = m.files();
+    let quick = files.iter().filter(|(_, file)| file.crc64.is_some()).count();
+    let how = if quick == files.len() { "CRC-64 at every reading, SHA-256 with --verify" } else { "SHA-256" };
+    format!("of {} files: {how}", grouped(files.len() as u64))
+}
+
+/// The most names of text files that are listed.
+const NAMES: usize = 3;
+
 fn text_line(m: &Manifest) -> String {
     let counts = m.text_counts;
-    let mut text = format!("{} documents of {} files", grouped(counts.documents), m.text.len());
+    let mut names: Vec<_> = m.text.iter().take(NAMES).map(|file| file.name.as_str()).collect();
+    if m.text.len() > NAMES {
+        names.push("…");
+    }
+    let files = if m.text.len() == 1 { "file" } else { "files" };
+    let mut text =
+        format!("{} documents of {} {files} ({})", grouped(counts.documents), m.text.len(), names.join(", "));
     for (n, what) in [
         (counts.empty, "empty left out"),
         (counts.malformed, "malformed left out"),
