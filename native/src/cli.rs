@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
-use crate::{cmd, stop};
+use crate::{cmd, hub, stop};
 
 /// Sparse autoencoders for language models: harvest, train, evaluate, look.
 ///
@@ -16,6 +16,9 @@ use crate::{cmd, stop};
 #[derive(Debug, Parser)]
 #[command(version, propagate_version = true, max_term_width = 110)]
 struct Cli {
+    /// Never use the network: what models and texts of the hub need must be in the cache (as HF_HUB_OFFLINE=1).
+    #[arg(long, global = true)]
+    offline: bool,
     #[command(subcommand)]
     command: Command,
 }
@@ -52,6 +55,9 @@ pub fn main() -> ExitCode {
         EnvFilter::try_from_env("STRATASCOPE_LOG").unwrap_or_else(|_| EnvFilter::new("warn,native=info"));
     let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
     logs.with_ansi(io::stderr().is_terminal()).with_target(false).init();
+    if cli.offline {
+        hub::set_offline();
+    }
     let result = match &cli.command {
         Command::Harvest(args) => cmd::harvest::run(args),
         Command::Train(args) => cmd::train::run(args),

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use sha2::{Digest, Sha256};
+use sysinfo::Disks;
 
 /// How the names of temporary files of [`write_atomic`] begin; one that is still there was left by a killed process.
 pub const TEMPORARY: &str = ".partial-";
@@ -64,7 +65,16 @@ pub fn sha256_file(path: &Path) -> Result<String> {
     }
 }
 
-fn hex(bytes: &[u8]) -> String {
+/// Free bytes of the file system that holds `folder`, where it can be told.
+#[must_use]
+pub fn free_space(folder: &Path) -> Option<u64> {
+    let folder = folder.canonicalize().ok()?;
+    let disks = Disks::new_with_refreshed_list();
+    let holding = disks.list().iter().filter(|d| folder.starts_with(d.mount_point()));
+    holding.max_by_key(|d| d.mount_point().components().count()).map(sysinfo::Disk::available_space)
+}
+
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 

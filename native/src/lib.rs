@@ -1,7 +1,7 @@
 //! The stages of Stratascope on a machine with files, threads and a clock, in the order data flows:
 //! [`text`] → [`harvest`] → [`store`] → [`train`] → [`evaluate`] → [`features`] → [`site`].
 //!
-//! [`sae_files`] reads and writes autoencoders; [`model`] finds and loads language models; [`cpu`] is the
+//! [`hub`] fetches models and texts by id; [`sae_files`] reads and writes autoencoders; [`model`] finds and loads language models; [`cpu`] is the
 //! fast CPU backend; [`doctor`] looks at the machine; [`cli`] and `cmd` are the thin command line over them.
 #![cfg_attr(
     test,
@@ -16,8 +16,10 @@ pub mod evaluate;
 pub mod features;
 pub mod files;
 pub mod harvest;
+pub mod hub;
 pub mod input_limit;
 pub mod model;
+pub mod places;
 pub mod progress;
 pub mod sae_files;
 pub mod site;

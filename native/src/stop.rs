@@ -8,6 +8,15 @@ use std::sync::{Arc, OnceLock};
 #[error("stopped on request; run the same command again to resume")]
 pub struct Stopped;
 
+/// The process-wide flag, once signals are listened to.
+static FLAG: OnceLock<StopFlag> = OnceLock::new();
+
+/// Whether the process was asked to stop; for work too deep down to be handed a flag.
+#[must_use]
+pub fn is_raised() -> bool {
+    FLAG.get().is_some_and(StopFlag::is_raised)
+}
+
 /// A flag that says whether the process was asked to stop; clones share it.
 #[derive(Debug, Clone, Default)]
 pub struct StopFlag(Arc<AtomicBool>);
@@ -18,7 +27,6 @@ impl StopFlag {
     /// # Errors
     /// If the handler cannot be installed.
     pub fn from_signals() -> anyhow::Result<Self> {
-        static FLAG: OnceLock<StopFlag> = OnceLock::new();
         if let Some(flag) = FLAG.get() {
             return Ok(flag.clone());
         }

@@ -4,12 +4,13 @@ use anyhow::{Result, ensure};
 use shared::config::harvest::HarvestConfig;
 use shared::tap::TapPoint;
 use std::path::Path;
-use sysinfo::{Disks, MemoryRefreshKind, System};
+use sysinfo::{MemoryRefreshKind, System};
 
 use super::bucket;
 use super::output::Output;
 use super::partial::Partial;
 use super::plan::Bucket;
+use crate::files;
 use crate::store::describe::bytes;
 
 /// Left free besides: manifests, file-system overhead.
@@ -87,7 +88,7 @@ fn needed(partial: &Partial, plans: &[Vec<Bucket>; 2], sent_away: bool) -> u64 {
 pub(super) fn check(out: &Output, partial: &Partial, plans: &[Vec<Bucket>; 2]) -> Result<()> {
     let needed = needed(partial, plans, out.is_remote());
     let folder = out.work();
-    let Some(available) = available(folder) else { return Ok(()) };
+    let Some(available) = files::free_space(folder) else { return Ok(()) };
     let advice = if out.is_remote() { "lower bucket_vectors" } else { "ask for fewer tokens or taps" };
     ensure!(
         needed + MARGIN <= available,
@@ -98,14 +99,6 @@ pub(super) fn check(out: &Output, partial: &Partial, plans: &[Vec<Bucket>; 2]) -
     );
     tracing::info!("{} needs {}; {} are free", folder.display(), bytes(needed), bytes(available));
     Ok(())
-}
-
-/// Free bytes of the file system that holds `folder`, where it can be told.
-fn available(folder: &Path) -> Option<u64> {
-    let folder = folder.canonicalize().ok()?;
-    let disks = Disks::new_with_refreshed_list();
-    let holding = disks.list().iter().filter(|d| folder.starts_with(d.mount_point()));
-    holding.max_by_key(|d| d.mount_point().components().count()).map(sysinfo::Disk::available_space)
 }
 
 #[cfg(test)]

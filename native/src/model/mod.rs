@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use shared::lm::{Blueprint, BosHints, CandleOps, LanguageModel, Tokenizer};
 
 use crate::files::{sha256, sha256_file};
+use crate::hub::{self, ModelId, Need};
 
 mod files;
 mod threads;
@@ -31,7 +32,7 @@ pub struct LoadedModel {
 pub struct ModelProvenance {
     /// The model's own name for itself, else the name of its folder or file.
     pub name: String,
-    /// The path given, without the machine's folders: its last component.
+    /// The path given, without the machine's folders: its last component. Of the hub: `org/name@commit`.
     pub source: String,
     /// `huggingface` or `gguf`.
     pub format: String,
@@ -41,15 +42,15 @@ pub struct ModelProvenance {
     pub architecture: String,
 }
 
-/// Loads a Hugging Face folder (`config.json`, safetensors, `tokenizer.json`), a GGUF file, or a folder holding
-/// exactly one GGUF file.
+/// Loads a Hugging Face folder (`config.json`, safetensors, `tokenizer.json`), a GGUF file, a folder holding
+/// exactly one GGUF file, or a model of the Hugging Face hub (`org/name@revision`), which is fetched if need be.
 ///
 /// # Errors
 /// If the path holds none of these, or what it holds is broken or not supported.
 pub fn load(path: &Path) -> Result<LoadedModel> {
-    let found = find(path)?;
+    let (found, source) = find(path, Need { weights: true, tokenizer: true })?;
     let tokenizer = found.tokenizer()?;
-    let (model, provenance) = found.weights()?;
+    let (model, provenance) = found.weights(source)?;
     Ok(LoadedModel { model, tokenizer, provenance })
 }
 
@@ -58,7 +59,8 @@ pub fn load(path: &Path) -> Result<LoadedModel> {
 /// # Errors
 /// As [`load`].
 pub fn load_weights(path: &Path) -> Result<(LanguageModel, ModelProvenance)> {
-    find(path)?.weights()
+    let (found, source) = find(path, Need { weights: true, tokenizer: false })?;
+    found.weights(source)
 }
 
 /// Only the tokenizer of what [`load`] would load.
@@ -66,7 +68,7 @@ pub fn load_weights(path: &Path) -> Result<(LanguageModel, ModelProvenance)> {
 /// # Errors
 /// As [`load`].
 pub fn load_tokenizer(path: &Path) -> Result<Tokenizer> {
-    find(path)?.tokenizer()
+    find(path, Need { weights: false, tokenizer: true })?.0.tokenizer()
 }
 
 /// What a path turned out to be.
@@ -77,9 +79,24 @@ enum Found {
 }
 
 const ACCEPTED: &str = "expected a Hugging Face folder (config.json, model.safetensors or shards with their index, \
-                        tokenizer.json), a .gguf file, or a folder holding exactly one .gguf file";
+                        tokenizer.json), a .gguf file, a folder holding exactly one .gguf file, or a model of the Hugging Face hub \
+                        (org/name, org/name@revision, org/name@revision:file.gguf)";
 
-fn find(path: &Path) -> Result<Found> {
+/// What `path` means, and what to record as its source. A path that exists is that; else it may be an id of the hub,
+/// from where `need` is fetched.
+fn find(path: &Path, need: Need) -> Result<(Found, String)> {
+    if !path.exists()
+        && let Some(id) = path.to_str().map(ModelId::parse).transpose()?.flatten()
+    {
+        let fetched = hub::fetch_model(&hub::Settings::from_env()?, &id, need);
+        let (path, source) = fetched.with_context(|| format!("no model at {}", path.display()))?;
+        let found = if path.is_dir() { Found::Folder(path) } else { Found::Gguf(path) };
+        return Ok((found, source));
+    }
+    Ok((find_local(path)?, last_component(path)))
+}
+
+fn find_local(path: &Path) -> Result<Found> {
     if path.is_file() {
         return Ok(Found::Gguf(path.to_owned()));
     }
@@ -108,10 +125,9 @@ impl Found {
         }
     }
 
-    fn weights(&self) -> Result<(LanguageModel, ModelProvenance)> {
+    fn weights(&self, source: String) -> Result<(LanguageModel, ModelProvenance)> {
         let ops = CandleOps::new(Arc::new(Rayon));
         let read = || format!("cannot load the model at {}", self.path().display());
-        let source = last_component(self.path());
         let (model, name, format, sha256) = match self {
             Self::Folder(folder) => {
                 let config = read_small(&folder.join("config.json"))?;
@@ -150,6 +166,14 @@ impl Found {
             }
         }
     }
+}
+
+/// The names of the weight files of a folder, from its index if it has one.
+///
+/// # Errors
+/// If it has neither weights nor an index, or the index is broken.
+pub(crate) fn weight_file_names(folder: &Path) -> Result<Vec<String>> {
+    Ok(weight_files(folder)?.into_keys().collect())
 }
 
 fn last_component(path: &Path) -> String {
