@@ -13,8 +13,31 @@ use crate::model;
 use crate::stop::StopFlag;
 use crate::store::{Place, Store};
 
+const EXAMPLES: &str = "\
+Texts:
+  FOLDER or FILE                          .txt, .jsonl, .json (each also .gz or .zst), .parquet, .arrow
+  hf://datasets/org/name                  a data set of the Hugging Face hub, its main branch
+  hf://datasets/org/name@v1.0/data        one folder of it, at a tag, branch or commit
+  hf://datasets/org/name/data/train-*.parquet   the files a pattern describes (* ? **)
+Files of the hub are fetched one after another, only as many as the tokens asked for need.
+
+Models:
+  FOLDER or FILE.gguf                     on this machine
+  org/name, org/name@revision             of the hub; config, tokenizer and safetensors are fetched
+  org/name:file.gguf                      one GGUF file of a repository
+HF_TOKEN opens gated models, HF_HOME moves the cache, HF_ENDPOINT names a mirror, --offline forbids the network.
+
+Examples:
+  stratascope harvest --model google/gemma-2-2b --text hf://datasets/monology/pile-uncopyrighted \\
+      --tap resid.12 --tokens 10M --dtype bf16 --out store
+  stratascope harvest --model SmolLM2-135M.gguf --text books/ --tap resid --tokens 1M --out store
+  stratascope harvest --config run.toml --set drop_tokens='[\"special\", \"whitespace\"]' --out store
+
+docs/store.md lists every key, docs/data.md explains texts, the hub, splits and the token cache.";
+
 /// Arguments of `harvest`. Every flag but `--out`, `--work` and `--json` is also a key of the configuration.
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
 pub(crate) struct Args {
     /// The folder to write the store into, or s3://bucket/prefix or gs://bucket/prefix; an unfinished store there is
     /// resumed. Credentials and endpoint are taken from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
@@ -24,11 +47,12 @@ pub(crate) struct Args {
     /// With a URL for --out: the folder of this machine to work in. Holds what is needed to resume until the end.
     #[arg(long, value_name = "DIR")]
     work: Option<PathBuf>,
-    /// The model: a Hugging Face folder or a .gguf file.
-    #[arg(long, value_name = "PATH")]
+    /// The model: a Hugging Face folder, a .gguf file, or a model of the hub such as google/gemma-2-2b@main.
+    #[arg(long, value_name = "PATH|ID")]
     model: Option<String>,
-    /// Text files and folders: .txt, .jsonl (each also .gz or .zst), .parquet.
-    #[arg(long, value_name = "PATH", num_args = 1..)]
+    /// Text files and folders (.txt, .jsonl, .json, each also .gz or .zst, .parquet, .arrow), and data sets of the hub
+    /// such as hf://datasets/org/name@main/data/*.parquet.
+    #[arg(long, value_name = "PATH|URL", num_args = 1..)]
     text: Vec<String>,
     /// Where to read: resid.14, mlp.3, attn.0, a whole site (resid), or all. May be given several times.
     #[arg(long = "tap", value_name = "TAP", num_args = 1.., value_delimiter = ',')]
@@ -36,7 +60,7 @@ pub(crate) struct Args {
     /// Tokens to run through the model, held-out ones included (300k, 1M).
     #[arg(long, value_name = "N")]
     tokens: Option<String>,
-    /// The part held out for evaluation: a share (0.05, 5%) or a number of tokens (15k).
+    /// The part held out for evaluation, in whole documents: a share (0.05, 5%) or a number of tokens (15k).
     #[arg(long, value_name = "PART")]
     held_out: Option<String>,
     /// Tokens of a sequence.
@@ -54,6 +78,9 @@ pub(crate) struct Args {
     /// Join hard-wrapped lines.
     #[arg(long)]
     unwrap_lines: bool,
+    /// Where tokenised text is kept for the next harvest of it: a folder, auto (the user's cache) or none.
+    #[arg(long, value_name = "DIR|auto|none")]
+    token_cache: Option<String>,
     /// A TOML file with these and further keys; flags win over it.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -78,6 +105,7 @@ impl Args {
             ("tokens", &self.tokens),
             ("held_out", &self.held_out),
             ("dtype", &self.dtype),
+            ("token_cache", &self.token_cache),
         ] {
             overrides.extend(value.as_ref().map(|value| Override::new(key, value.as_str())));
         }
@@ -97,10 +125,11 @@ impl Args {
         for text in &self.overrides {
             overrides.push(Override::parse(text)?);
         }
-        let resolved: HarvestConfig = config::resolve(&text, &overrides).with_context(|| {
+        let mut resolved: HarvestConfig = config::resolve(&text, &overrides).with_context(|| {
             self.config.as_ref().map_or("harvest settings".to_owned(), |p| p.display().to_string())
         })?;
         resolved.validate()?;
+        resolved.token_cache.get_or_insert_with(|| "auto".to_owned());
         Ok(resolved)
     }
 }

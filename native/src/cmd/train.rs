@@ -132,6 +132,7 @@ impl Args {
             config.taps.extend(tap.map(|tap| tap.to_string()));
         }
         config.validate()?;
+        config.token_cache.get_or_insert_with(|| "auto".to_owned());
         let loaded = model::load(config.model.as_ref())?;
         LiveTap::new(Live::new(&config, loaded, tap, stop)?)
     }

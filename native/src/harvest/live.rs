@@ -13,8 +13,9 @@ use shared::tap::TapPoint;
 use super::feed::Feed;
 use super::partial::dropped;
 use super::plan::{self, Bucket, Keep};
+use super::sequences::corpus;
 use super::source;
-use super::{corpus, spool, taps};
+use super::{spool, taps};
 use crate::model::LoadedModel;
 use crate::stop::{StopFlag, Stopped};
 use crate::store::manifest::{Dropped, TokenizerInfo};
@@ -65,7 +66,7 @@ impl Live {
             (None, [only]) => *only,
             (None, _) => bail!("the harvest reads several taps; choose with --tap: {}", names()),
         };
-        let tokenizer = source::tokenizer_info(&loaded.tokenizer, &config.separator)?;
+        let tokenizer = source::tokenizer_info(&loaded.tokenizer, config)?;
         let corpus = corpus(config, &loaded.tokenizer, &tokenizer, stop)?;
         let dropped = dropped(config);
         let keep = Keep { tokenizer: &tokenizer, dropped: &dropped };

@@ -29,6 +29,7 @@ mod output;
 mod partial;
 mod plan;
 mod random;
+mod reading;
 mod sequences;
 pub mod source;
 mod space;
@@ -36,6 +37,7 @@ mod spool;
 mod summary;
 #[cfg(test)]
 mod tests;
+mod token_cache;
 
 use bucket::Folders;
 pub use live::Live;
@@ -78,7 +80,7 @@ impl<'a> Inputs<'a> {
         Ok(Self {
             encode: &loaded.tokenizer,
             model: &loaded.model,
-            tokenizer: source::tokenizer_info(&loaded.tokenizer, &config.separator)?,
+            tokenizer: source::tokenizer_info(&loaded.tokenizer, config)?,
             provenance: loaded.provenance.clone(),
             d_model: loaded.model.spec().d_model,
         })
@@ -224,7 +226,7 @@ fn begin(
     taps: Vec<(TapPoint, usize)>,
     stop: &StopFlag,
 ) -> Result<(Partial, [Tokens; 2])> {
-    let corpus = corpus(config, inputs.encode, &inputs.tokenizer, stop)?;
+    let corpus = sequences::corpus(config, inputs.encode, &inputs.tokenizer, stop)?;
     let half = |split: Split| -> Result<Half> {
         let tokens = &corpus.halves[split as usize];
         let file = partial::write_tokens(&store::tokens_path(out, split), tokens)?;
@@ -246,26 +248,6 @@ fn begin(
     files::write_bytes(&out.join(CONFIG), shared::config::to_toml(config)?.as_bytes())?;
     partial.write(out)?;
     Ok((partial, corpus.halves))
-}
-
-/// The token sequences of both halves.
-fn corpus(
-    config: &HarvestConfig,
-    encode: &dyn Encode,
-    tokenizer: &TokenizerInfo,
-    stop: &StopFlag,
-) -> Result<sequences::Corpus> {
-    let sources = crate::text::find(&config.text)?;
-    let bar = progress::bar(config.tokens.0, "tokenise", "tokens");
-    let corpus = sequences::collect(config, encode, tokenizer, &sources, &bar, stop)?;
-    bar.finish_and_clear();
-    for (split, wanted) in Split::ALL.into_iter().zip(corpus.wanted) {
-        let found = corpus.halves[split as usize].n_sequences();
-        if found < wanted {
-            tracing::warn!("the text ends early: {found} of {wanted} {} sequences", split.folder());
-        }
-    }
-    Ok(corpus)
 }
 
 fn reread(out: &Path, partial: &Partial) -> Result<[Tokens; 2]> {

@@ -135,12 +135,10 @@ impl Partial {
     }
 }
 
-/// What `config` leaves out, in the manifest's form.
+/// What `config` leaves out, in the manifest's form; its positions have been checked.
 pub(super) fn dropped(config: &HarvestConfig) -> Dropped {
-    let mut positions = config.drop_positions.clone();
-    positions.sort_unstable();
-    positions.dedup();
-    Dropped { special_tokens: config.drop_special, positions }
+    let positions = config.dropped_positions().unwrap_or_default();
+    Dropped { special_tokens: config.drops_special(), positions }
 }
 
 /// Writes the tokens of a half.

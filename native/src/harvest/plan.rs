@@ -19,11 +19,7 @@ impl Keep<'_> {
         sequence
             .iter()
             .zip(0u32..)
-            .filter(move |(id, position)| {
-                let special =
-                    self.dropped.special_tokens && self.tokenizer.special_ids.binary_search(id).is_ok();
-                !special && self.dropped.positions.binary_search(position).is_err()
-            })
+            .filter(move |&(&id, position)| self.dropped.keeps(self.tokenizer, position, id))
             .map(|(_, position)| position)
     }
 
@@ -94,7 +90,13 @@ mod tests {
 
     #[test]
     fn buckets_cover_every_sequence_once_and_respect_the_limit() {
-        let tokenizer = TokenizerInfo { vocab_size: 9, bos: None, separator: None, special_ids: vec![7, 8] };
+        let tokenizer = TokenizerInfo {
+            vocab_size: 9,
+            bos: None,
+            separator: None,
+            special_ids: vec![7, 8],
+            dropped_ids: vec![],
+        };
         let dropped = Dropped { special_tokens: true, positions: vec![0] };
         let keep = Keep { tokenizer: &tokenizer, dropped: &dropped };
         // Vectors kept: 2, 1, 0, 2, 2.

@@ -1,19 +1,29 @@
 //! What a harvest needs of a language model: tokens in, activations out.
 
-use anyhow::{Result, ensure};
+use std::collections::BTreeSet;
+
+use anyhow::{Context, Result, bail, ensure};
 use shared::Rows;
+use shared::config::harvest::{HarvestConfig, SPECIAL};
 use shared::lm::{LanguageModel, LmError, Tap, TapAction, TokenBatch, Tokenizer, Until};
 use shared::tap::{Site, TapPoint};
 
+use crate::files;
 use crate::store::manifest::TokenizerInfo;
 
-/// Text to token ids, without added special tokens.
-pub trait Encode {
+/// Text to token ids, without added special tokens; from several threads at once.
+pub trait Encode: Sync {
     /// The ids of `text`.
     ///
     /// # Errors
     /// If the tokenizer refuses the text.
     fn encode(&self, text: &str) -> Result<Vec<u32>>;
+
+    /// A hash of everything that decides what [`Encode::encode`] gives; `None` if that cannot be told, and results must
+    /// not be kept for another run.
+    fn identity(&self) -> Option<String> {
+        None
+    }
 }
 
 /// A model whose activations can be read.
@@ -44,6 +54,10 @@ pub trait ActivationModel {
 impl Encode for Tokenizer {
     fn encode(&self, text: &str) -> Result<Vec<u32>> {
         Ok(Tokenizer::encode(self, text)?)
+    }
+
+    fn identity(&self) -> Option<String> {
+        Some(files::sha256(self.definition().ok()?.as_bytes()))
     }
 }
 
@@ -103,27 +117,76 @@ impl Tap for Reader<'_> {
 /// Texts of the token that ends a document, in the families of models that have one.
 const END_OF_TEXT: [&str; 5] = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>"];
 
-/// What the manifest records of `tokenizer`, with the separator that `separator` (the configuration key) asks for.
+/// What the manifest records of `tokenizer` under `config`: what begins a sequence, what stands between documents, which
+/// tokens' vectors are left out.
 ///
 /// # Errors
-/// If `separator` is the text of no special token.
-pub fn tokenizer_info(tokenizer: &Tokenizer, separator: &str) -> Result<TokenizerInfo> {
+/// If `bos` or `separator` is the text of no special token, or an entry of `drop_tokens` means no token.
+pub fn tokenizer_info(tokenizer: &Tokenizer, config: &HarvestConfig) -> Result<TokenizerInfo> {
     let special_ids = tokenizer.special_ids().to_vec();
     let special = |text: &str| special_ids.iter().copied().find(|&id| tokenizer.piece(id) == text);
-    let separator = match separator {
+    let named = |key: &str, text: &str, words: &str| -> Result<Option<u32>> {
+        let found = special(text);
+        let known: Vec<_> = special_ids.iter().take(20).map(|&id| tokenizer.piece(id)).collect();
+        let known = known.join(", ");
+        ensure!(
+            found.is_some(),
+            "`{key}` is `{text}`, expected {words} or a special token of the model: {known}"
+        );
+        Ok(found)
+    };
+    let separator = match config.separator.as_str() {
         "none" => None,
         "auto" => END_OF_TEXT.iter().find_map(|text| special(text)).or(tokenizer.bos()),
-        text => {
-            let found = special(text);
-            let known: Vec<_> = special_ids.iter().take(20).map(|&id| tokenizer.piece(id)).collect();
-            ensure!(
-                found.is_some(),
-                "`separator` is `{text}`, expected auto, none or a special token of the model: {}",
-                known.join(", ")
-            );
-            found
-        }
+        text => named("separator", text, "auto, none")?,
     };
-    let bos = tokenizer.bos().filter(|_| tokenizer.prepend_bos());
-    Ok(TokenizerInfo { vocab_size: tokenizer.vocab_size(), bos, separator, special_ids })
+    let bos = match config.bos.as_str() {
+        "none" => None,
+        "auto" => tokenizer.bos().filter(|_| tokenizer.prepend_bos()),
+        "always" => {
+            Some(tokenizer.bos().context("`bos` is always, but the model's files name no such token")?)
+        }
+        text => named("bos", text, "auto, none, always")?,
+    };
+    let dropped_ids = dropped_ids(tokenizer, &config.drop_tokens)?;
+    Ok(TokenizerInfo { vocab_size: tokenizer.vocab_size(), bos, separator, special_ids, dropped_ids })
+}
+
+/// The ids that `classes` means, besides special ones, ascending.
+fn dropped_ids(tokenizer: &Tokenizer, classes: &[String]) -> Result<Vec<u32>> {
+    let n = u32::try_from(tokenizer.vocab_size()).unwrap_or(u32::MAX);
+    let mut ids = BTreeSet::new();
+    for class in classes.iter().filter(|class| *class != SPECIAL) {
+        let before = ids.len();
+        if let Some(id) = class.strip_prefix("id:").and_then(|id| id.trim().parse::<u32>().ok()) {
+            ensure!(id < n, "`drop_tokens` has id {id}, expected one below {n}");
+            ids.insert(id);
+            continue;
+        }
+        let wanted: Box<dyn Fn(&str) -> bool> = match (class.as_str(), class.strip_prefix("text:")) {
+            (_, Some(text)) => Box::new(move |piece| piece == text),
+            ("whitespace", _) => Box::new(|piece| piece.trim().is_empty()),
+            ("digits", _) => Box::new(|piece| all(piece, char::is_numeric)),
+            ("punctuation", _) => {
+                Box::new(|piece| all(piece, |c| !c.is_alphanumeric() && !c.is_whitespace()))
+            }
+            _ => bail!(
+                "`drop_tokens` has `{class}`, expected special, whitespace, punctuation, digits, text:TOKEN or id:NUMBER"
+            ),
+        };
+        let special = tokenizer.special_ids();
+        let plain = (0..n).filter(|id| special.binary_search(id).is_err());
+        ids.extend(plain.filter(|&id| {
+            let piece = tokenizer.piece(id);
+            !piece.is_empty() && wanted(&piece)
+        }));
+        ensure!(ids.len() > before, "`drop_tokens` has `{class}`, which is no (further) token of the model");
+    }
+    Ok(ids.into_iter().collect())
+}
+
+/// Whether all characters of a token's text are of a kind, spaces around them aside.
+fn all(piece: &str, kind: impl Fn(char) -> bool) -> bool {
+    let piece = piece.trim();
+    !piece.is_empty() && piece.chars().all(kind)
 }

@@ -103,7 +103,8 @@ impl Place {
             taps: ["resid.1", "attn.0", "mlp.2"].map(str::to_owned).to_vec(),
             tokens: Count(2000),
             held_out: Portion::Share(0.2),
-            held_out_part: 40,
+            part_tokens: 40,
+            max_document_bytes: Count(400),
             sequence_length: 16,
             batch: 3,
             bucket_vectors: Count(500),
@@ -132,6 +133,7 @@ impl Place {
                 bos: Some(1),
                 separator: Some(2),
                 special_ids: vec![1, 2],
+                dropped_ids: vec![],
             },
             provenance: ModelProvenance {
                 name: "formula".to_owned(),

@@ -26,11 +26,6 @@ pub fn matches(pattern: &str, path: &str) -> bool {
     reached[path.len()]
 }
 
-/// Whether `pattern` describes more than itself.
-pub(super) fn is_pattern(text: &str) -> bool {
-    text.contains(['*', '?'])
-}
-
 fn component_matches(pattern: &[u8], text: &[u8]) -> bool {
     let (mut p, mut t) = (0, 0);
     // Where to go on after the last star, if what was tried since does not fit.

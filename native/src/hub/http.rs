@@ -150,6 +150,7 @@ impl Http {
             if tries >= MOST_TRIES {
                 return Err(Unreachable { endpoint: self.endpoint.clone(), message }.into());
             }
+            tracing::info!("{message}; trying again");
             self.wait(tries)?;
         }
     }

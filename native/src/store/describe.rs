@@ -81,6 +81,7 @@ fn text_line(m: &Manifest) -> String {
         (counts.malformed, "malformed left out"),
         (counts.invalid_utf8, "with invalid UTF-8 replaced"),
         (counts.cut, "cut"),
+        (counts.short, "shorter than a sequence left out"),
     ] {
         if n > 0 {
             let _ = write!(text, ", {} {what}", grouped(n));
@@ -102,13 +103,13 @@ fn sequences_line(m: &Manifest) -> String {
 }
 
 fn dropped_line(m: &Manifest) -> String {
-    let special = if m.dropped.special_tokens { "special tokens" } else { "no special tokens" };
-    let positions: Vec<_> = m.dropped.positions.iter().map(u32::to_string).collect();
-    if positions.is_empty() {
-        special.to_owned()
-    } else {
-        format!("{special}, positions {}", positions.join(", "))
+    let mut special =
+        if m.dropped.special_tokens { "special tokens" } else { "no special tokens" }.to_owned();
+    if !m.tokenizer.dropped_ids.is_empty() {
+        let _ = write!(special, ", {} other tokens", grouped(m.tokenizer.dropped_ids.len() as u64));
     }
+    let positions: Vec<_> = m.dropped.positions.iter().map(u32::to_string).collect();
+    if positions.is_empty() { special } else { format!("{special}, positions {}", positions.join(", ")) }
 }
 
 /// `1234567` as `1,234,567`.

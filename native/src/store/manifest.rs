@@ -67,6 +67,9 @@ pub struct TokenizerInfo {
     pub separator: Option<u32>,
     /// Ids that stand for structure rather than text, ascending.
     pub special_ids: Vec<u32>,
+    /// Ids whose vectors are not stored although they are not special, ascending.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub dropped_ids: Vec<u32>,
 }
 
 /// Which vectors of a sequence are not stored.
@@ -77,6 +80,16 @@ pub struct Dropped {
     pub special_tokens: bool,
     /// Positions left out whatever their token, ascending.
     pub positions: Vec<u32>,
+}
+
+impl Dropped {
+    /// Whether the vector of `token` at `position` is stored.
+    #[must_use]
+    pub fn keeps(&self, tokenizer: &TokenizerInfo, position: u32, token: u32) -> bool {
+        let special = self.special_tokens && tokenizer.special_ids.binary_search(&token).is_ok();
+        let named = tokenizer.dropped_ids.binary_search(&token).is_ok();
+        !special && !named && self.positions.binary_search(&position).is_err()
+    }
 }
 
 /// One tap of the store.
@@ -145,6 +158,14 @@ pub struct TextCounts {
     pub invalid_utf8: u64,
     /// Documents cut because they exceed the longest allowed.
     pub cut: u64,
+    /// Documents left out because they are shorter than a sequence; only where sequences may not hold several.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub short: u64,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_zero(n: &u64) -> bool {
+    *n == 0
 }
 
 /// The whole of `manifest.json`.
@@ -214,9 +235,7 @@ impl Manifest {
     /// Whether the vector of `token` at `position` is stored.
     #[must_use]
     pub fn keeps(&self, position: usize, token: u32) -> bool {
-        let special = self.dropped.special_tokens && self.tokenizer.special_ids.binary_search(&token).is_ok();
-        let at = u32::try_from(position).is_ok_and(|p| self.dropped.positions.binary_search(&p).is_ok());
-        !special && !at
+        u32::try_from(position).is_ok_and(|position| self.dropped.keeps(&self.tokenizer, position, token))
     }
 
     /// Every file of the store but the manifest and the settings: its name below the store, and what it must be.
@@ -257,6 +276,7 @@ impl Manifest {
             return Err(fault("sequence_length", self.sequence_length, "1 to 2^24"));
         }
         ascending("tokenizer.special_ids", &self.tokenizer.special_ids)?;
+        ascending("tokenizer.dropped_ids", &self.tokenizer.dropped_ids)?;
         ascending("dropped.positions", &self.dropped.positions)?;
         self.check_taps()?;
         for split in Split::ALL {

@@ -44,12 +44,16 @@ impl StoreDtype {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct HarvestConfig {
-    /// The model: a Hugging Face folder or a GGUF file.
+    /// The model: a Hugging Face folder, a GGUF file, or a model of the hub (`org/name@revision`).
     pub model: String,
-    /// Text files and folders (`.txt`, `.jsonl`, `.parquet`, compressed `.gz` or `.zst`).
+    /// Text files and folders (`.txt`, `.jsonl`, `.json`, compressed `.gz` or `.zst`, `.parquet`, `.arrow`), and data sets of
+    /// the hub (`hf://datasets/org/name@revision/path`).
     pub text: Vec<String>,
-    /// The field of `.jsonl` records and the column of `.parquet` files that holds the text.
+    /// The field of JSON records and the column of Parquet and Arrow files that holds the text.
     pub text_column: String,
+    /// The field or column that holds token ids, for texts that were tokenised before; instead of `text_column`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_column: Option<String>,
     /// Joins hard-wrapped lines: a line break between two lines that hold text becomes a space.
     pub unwrap_lines: bool,
     /// Documents longer than this many bytes are cut, at a paragraph or line end where there is one.
@@ -62,18 +66,26 @@ pub struct HarvestConfig {
     pub tokens: Count,
     /// The part of `tokens` that is held out: a share or a number of tokens.
     pub held_out: Portion,
-    /// Text is held out in parts of this many tokens of one document (or the whole document if shorter).
-    pub held_out_part: usize,
+    /// Files read side by side take turns of this many tokens of a document (or what is left of it).
+    pub part_tokens: usize,
+    /// Whether a sequence may hold pieces of several documents. If not, what is left of a document after its last whole
+    /// sequence is not used.
+    pub pack: bool,
     /// Tokens of a sequence, the beginning-of-sequence token included where the model wants one.
     pub sequence_length: usize,
+    /// Put in front of every sequence: `auto` (the beginning-of-sequence token, if the model was trained with one), `none`,
+    /// `always` (the tokenizer's, even so), or a special token's text.
+    pub bos: String,
     /// Put between documents: `auto` (the model's end-of-text token, else its beginning-of-sequence token), `none`, or a special token's text.
     pub separator: String,
     /// Sequences in one forward pass.
     pub batch: usize,
-    /// Vectors at special tokens (beginning of sequence, separators) are not stored.
-    pub drop_special: bool,
-    /// Positions of a sequence whose vectors are not stored; position 0 attracts attention whatever its token.
-    pub drop_positions: Vec<u32>,
+    /// Tokens whose vectors are not stored: the classes `special` (beginning of sequence, separators), `whitespace`,
+    /// `punctuation` and `digits`, single tokens by their text (`text: the`) or id (`id:13`).
+    pub drop_tokens: Vec<String>,
+    /// Positions of a sequence whose vectors are not stored, from its end where negative; position 0 attracts attention
+    /// whatever its token.
+    pub drop_positions: Vec<i64>,
     /// The number type of the stored vectors.
     pub dtype: StoreDtype,
     /// Vectors shuffled together.
@@ -82,6 +94,10 @@ pub struct HarvestConfig {
     pub shard_vectors: Count,
     /// Decides the order of files and sequences, what is held out, and every shuffle.
     pub seed: u64,
+    /// Where token sequences are kept for the next harvest: a folder, `auto` (the user's cache) or `none`. It changes no byte
+    /// of the result, so it is not written with it; unset, the command decides.
+    #[serde(skip_serializing)]
+    pub token_cache: Option<String>,
 }
 
 impl Default for HarvestConfig {
@@ -90,26 +106,32 @@ impl Default for HarvestConfig {
             model: String::new(),
             text: Vec::new(),
             text_column: "text".to_owned(),
+            token_column: None,
             unwrap_lines: false,
             max_document_bytes: Count(1_000_000),
             interleave_files: 64,
             taps: Vec::new(),
             tokens: Count(1_000_000),
             held_out: Portion::Share(0.05),
-            held_out_part: 2048,
+            part_tokens: 2048,
+            pack: true,
             sequence_length: 256,
+            bos: "auto".to_owned(),
             separator: "auto".to_owned(),
             batch: 8,
-            drop_special: true,
+            drop_tokens: vec![SPECIAL.to_owned()],
             drop_positions: vec![0],
             dtype: StoreDtype::F32,
             bucket_vectors: Count(1_000_000),
             shard_vectors: Count(65_536),
             seed: 0,
+            token_cache: None,
         }
     }
 }
 
+/// The class of tokens that stand for structure, in [`HarvestConfig::drop_tokens`].
+pub const SPECIAL: &str = "special";
 /// The longest sequence, largest batch and most interleaved files that are taken seriously.
 const MOST: usize = 1 << 20;
 
@@ -138,7 +160,8 @@ impl HarvestConfig {
         within("sequence_length", self.sequence_length, 2, MOST)?;
         within("batch", self.batch, 1, MOST)?;
         within("interleave_files", self.interleave_files, 1, 4096)?;
-        within("held_out_part", self.held_out_part, 1, usize::MAX)?;
+        within("part_tokens", self.part_tokens, 1, usize::MAX)?;
+        self.dropped_positions()?;
         within(
             "max_document_bytes",
             usize::try_from(self.max_document_bytes.0).unwrap_or(usize::MAX),
@@ -156,6 +179,29 @@ impl HarvestConfig {
             return Err(ConfigError::value("held_out", self.held_out.of(self.tokens.0), expected));
         }
         Ok(())
+    }
+
+    /// The positions whose vectors are not stored, counted from the front, ascending without repeats.
+    ///
+    /// # Errors
+    /// If one lies outside a sequence.
+    pub fn dropped_positions(&self) -> Result<Vec<u32>, ConfigError> {
+        let length = i64::try_from(self.sequence_length).unwrap_or(i64::MAX);
+        let mut positions = BTreeSet::new();
+        for &given in &self.drop_positions {
+            let position = if given < 0 { given.saturating_add(length) } else { given };
+            let inside = (0..length).contains(&position).then(|| u32::try_from(position).ok()).flatten();
+            positions.insert(inside.ok_or_else(|| {
+                ConfigError::value("drop_positions", given, format!("{} to {}", -length, length - 1))
+            })?);
+        }
+        Ok(positions.into_iter().collect())
+    }
+
+    /// Whether vectors at special tokens are left out.
+    #[must_use]
+    pub fn drops_special(&self) -> bool {
+        self.drop_tokens.iter().any(|class| class == SPECIAL)
     }
 
     /// The taps asked for, in ascending order without repeats, in a model of `n_layers` blocks.
@@ -221,11 +267,25 @@ mod tests {
             ("tokens = 100\nheld_out = 100", "held_out"),
             ("shard_vectors = 0", "shard_vectors"),
             ("interleave_files = 0", "interleave_files"),
+            ("part_tokens = 0", "part_tokens"),
+            ("drop_positions = [256]", "drop_positions"),
+            ("drop_positions = [-257]", "drop_positions"),
         ] {
             let error = config(&format!("{good}{line}\n")).validate().unwrap_err().to_string();
             assert!(error.contains(&format!("`{key}`")), "{line}: {error}");
         }
         assert!(config("").validate().unwrap_err().to_string().contains("`model`"));
+    }
+
+    #[test]
+    fn positions_count_from_both_ends() {
+        let config = config("sequence_length = 8\ndrop_positions = [-1, 0, 7, -8, 2]\n");
+        assert_eq!(config.dropped_positions().unwrap(), [0, 2, 7]);
+        assert!(
+            !to_toml(&HarvestConfig { token_cache: Some("x".to_owned()), ..config })
+                .unwrap()
+                .contains("cache")
+        );
     }
 
     #[test]

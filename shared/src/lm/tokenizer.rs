@@ -166,6 +166,14 @@ impl Tokenizer {
         &self.special_ids
     }
 
+    /// Everything that decides the result of [`Tokenizer::encode`], as the text of a `tokenizer.json`.
+    ///
+    /// # Errors
+    /// If the tokenizer cannot be written down.
+    pub fn definition(&self) -> Result<String, LmError> {
+        self.inner.to_string(false).map_err(error)
+    }
+
     /// The number of ids, added tokens included.
     #[must_use]
     pub fn vocab_size(&self) -> usize {

@@ -48,7 +48,7 @@ pub(crate) fn prepare(folder: &Path) -> HarvestConfig {
     let path = |p: PathBuf| p.to_str().unwrap().to_owned();
     let text = format!(
         "model = {:?}\ntext = [{:?}]\ntaps = [\"resid.1\", \"attn.0\"]\ntokens = \"9k\"\nheld_out = \"10%\"\n\
-         held_out_part = 64\nsequence_length = 32\nbatch = 3\nbucket_vectors = 1500\nshard_vectors = 700\n",
+         part_tokens = 64\nmax_document_bytes = 600\nsequence_length = 32\nbatch = 3\nbucket_vectors = 1500\nshard_vectors = 700\n",
         path(model),
         path(text)
     );

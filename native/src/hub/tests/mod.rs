@@ -1,6 +1,6 @@
 //! The client against a hub that redirects, breaks off, refuses and lies.
 
-mod server;
+pub(crate) mod server;
 
 use std::fs;
 use std::path::Path;
@@ -75,7 +75,7 @@ fn hub() -> Server {
     })
 }
 
-fn settings(address: &str, folder: &Path) -> Arc<Settings> {
+pub(crate) fn settings(address: &str, folder: &Path) -> Arc<Settings> {
     Arc::new(Settings {
         endpoint: address.to_owned(),
         cache: folder.join("hub"),
@@ -90,6 +90,22 @@ fn with(settings: &Arc<Settings>, change: impl FnOnce(&mut Settings)) -> Arc<Set
     let mut changed = Settings::clone(settings);
     change(&mut changed);
     Arc::new(changed)
+}
+
+/// A data set `c/d` with `files` at its main branch.
+pub(crate) fn dataset(files: Vec<(String, Vec<u8>)>) -> Server {
+    Server::start(move |request| {
+        let path = request.path.split('?').next().unwrap();
+        if path == "/api/datasets/c/d/revision/main" {
+            return Reply::ok(json!({"sha": COMMIT}).to_string());
+        }
+        if path.starts_with(&format!("/api/datasets/c/d/tree/{COMMIT}")) {
+            let list: Vec<_> = files.iter().map(|(path, bytes)| entry(path, bytes)).collect();
+            return Reply::ok(json!(list).to_string());
+        }
+        let name = path.strip_prefix(&format!("/datasets/c/d/resolve/{COMMIT}/")).unwrap();
+        Reply::part(&files.iter().find(|(path, _)| path == name).unwrap().1, request)
+    })
 }
 
 const ALL: Need = Need { weights: true, tokenizer: true };

@@ -8,46 +8,46 @@ use std::thread;
 
 /// A request as it arrived; header names in lower case.
 #[derive(Debug, Clone)]
-pub(super) struct Request {
-    pub(super) path: String,
-    pub(super) headers: BTreeMap<String, String>,
+pub(crate) struct Request {
+    pub(crate) path: String,
+    pub(crate) headers: BTreeMap<String, String>,
 }
 
 impl Request {
-    pub(super) fn header(&self, name: &str) -> Option<&str> {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
         self.headers.get(name).map(String::as_str)
     }
 
     /// The first byte asked for.
-    pub(super) fn from(&self) -> Option<usize> {
+    pub(crate) fn from(&self) -> Option<usize> {
         self.header("range")?.strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok()
     }
 }
 
 /// An answer; of its body only the first `sent` bytes are really sent.
-pub(super) struct Reply {
-    pub(super) status: u16,
-    pub(super) headers: Vec<(String, String)>,
-    pub(super) body: Vec<u8>,
-    pub(super) sent: usize,
+pub(crate) struct Reply {
+    pub(crate) status: u16,
+    pub(crate) headers: Vec<(String, String)>,
+    pub(crate) body: Vec<u8>,
+    pub(crate) sent: usize,
 }
 
 impl Reply {
-    pub(super) fn ok(body: impl Into<Vec<u8>>) -> Self {
+    pub(crate) fn ok(body: impl Into<Vec<u8>>) -> Self {
         Self { status: 200, headers: Vec::new(), body: body.into(), sent: usize::MAX }
     }
 
-    pub(super) fn refused(status: u16, code: &str) -> Self {
+    pub(crate) fn refused(status: u16, code: &str) -> Self {
         Self { status, ..Self::ok("") }.with("x-error-code", code)
     }
 
-    pub(super) fn with(mut self, name: &str, value: impl Into<String>) -> Self {
+    pub(crate) fn with(mut self, name: &str, value: impl Into<String>) -> Self {
         self.headers.push((name.to_owned(), value.into()));
         self
     }
 
     /// The part of `bytes` that `request` asks for.
-    pub(super) fn part(bytes: &[u8], request: &Request) -> Self {
+    pub(crate) fn part(bytes: &[u8], request: &Request) -> Self {
         let Some(from) = request.from() else { return Self::ok(bytes) };
         let range = format!("bytes {from}-{}/{}", bytes.len() - 1, bytes.len());
         Self { status: 206, ..Self::ok(&bytes[from..]) }.with("content-range", range)
@@ -55,13 +55,13 @@ impl Reply {
 }
 
 /// A running server; it ends with the process.
-pub(super) struct Server {
-    pub(super) address: String,
+pub(crate) struct Server {
+    pub(crate) address: String,
     requests: Arc<Mutex<Vec<Request>>>,
 }
 
 impl Server {
-    pub(super) fn start(answer: impl Fn(&Request) -> Reply + Send + 'static) -> Self {
+    pub(crate) fn start(answer: impl Fn(&Request) -> Reply + Send + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());
         let requests = Arc::new(Mutex::new(Vec::new()));
@@ -86,7 +86,7 @@ impl Server {
     }
 
     /// The requests so far, which are then forgotten.
-    pub(super) fn take(&self) -> Vec<Request> {
+    pub(crate) fn take(&self) -> Vec<Request> {
         std::mem::take(&mut self.requests.lock().unwrap())
     }
 }
