@@ -96,7 +96,12 @@ impl ArrowRows {
         let first = if first.to_le_bytes() == MAGIC[..4] {
             let second = self.word()?;
             ensure!(second.to_le_bytes() == MAGIC[4..], "it does not begin like one");
-            self.word()?
+            // Some writers fill up to their alignment.
+            let mut word = self.word()?;
+            for _ in 0..16 {
+                word = if word == 0 { self.word()? } else { word };
+            }
+            word
         } else {
             first
         };

@@ -7,6 +7,7 @@
 mod arrow;
 mod cell;
 mod find;
+mod guard;
 mod json;
 mod parquet;
 mod read;

@@ -10,6 +10,7 @@ use parquet::record::reader::RowIter;
 use super::arrow::ArrowRows;
 use super::cell::Cell;
 use super::find::{Compression, Kind, TextSource};
+use super::guard::foreign;
 use super::json::{self, JsonRecords, Next};
 use super::parquet as columns;
 use super::shape::{cut_at, unwrap_lines};
@@ -83,10 +84,12 @@ impl Documents {
         let longest = options.max_bytes.saturating_mul(LINE_FACTOR);
         let records = match source.kind {
             Kind::Parquet => {
-                Records::Parquet(Box::new(columns::rows(file, &options.column, options.ids, &path)?))
+                let rows = foreign(|| columns::rows(file, &options.column, options.ids, &path));
+                Records::Parquet(Box::new(rows.with_context(|| format!("cannot read text {name}"))?))
             }
             Kind::Arrow => {
-                Records::Arrow(Box::new(ArrowRows::open(file, &options.column, options.ids, &path)?))
+                let rows = foreign(|| ArrowRows::open(file, &options.column, options.ids, &path));
+                Records::Arrow(Box::new(rows.with_context(|| format!("cannot read text {name}"))?))
             }
             Kind::Plain if options.ids => bail!("{name} is plain text, which holds no token ids"),
             Kind::Plain => Records::Plain {
@@ -191,11 +194,11 @@ impl Documents {
                     Next::Whole(record) => json::field(&record, &self.options.column),
                     Next::TooLong => Cell::Other,
                 },
-                Records::Parquet(rows) => match rows.next() {
+                Records::Parquet(rows) => match foreign(|| Ok(rows.next().transpose()?))? {
                     None => return Ok(None),
-                    Some(row) => columns::cell(&row?),
+                    Some(row) => columns::cell(&row),
                 },
-                Records::Arrow(rows) => match rows.next()? {
+                Records::Arrow(rows) => match foreign(|| rows.next())? {
                     None => return Ok(None),
                     Some(cell) => cell,
                 },

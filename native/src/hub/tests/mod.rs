@@ -384,3 +384,61 @@ fn long_lists_come_in_pages_and_impossible_paths_are_refused() {
     odd["oid"] = json!("../../../x");
     assert!(message(list(vec![odd], id, "")).contains("impossible"));
 }
+
+/// The other process of the next test: loads a model as every command does. Does nothing among the other tests.
+#[test]
+fn load_in_this_process() {
+    if std::env::var_os("STRATASCOPE_TEST_HUB").is_none() {
+        return;
+    }
+    let loaded = crate::model::load(Path::new("a/b")).unwrap();
+    assert_eq!(loaded.provenance.source, format!("a/b@{COMMIT}"));
+    assert_eq!(loaded.tokenizer.encode("w5 w6").unwrap(), [5, 6]);
+    let error = message(crate::model::load(Path::new("a/c")));
+    assert!(error.contains("no model at a/c"), "{error}");
+}
+
+#[test]
+fn the_environment_says_where_the_hub_is_and_what_it_gave_serves_offline() {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/lm/llama");
+    let vocabulary: serde_json::Map<_, _> = (0..101).map(|id| (format!("w{id}"), json!(id))).collect();
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": null, "decoder": null,
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "w0"},
+    });
+    let files = vec![
+        ("config.json", fs::read(golden.join("config.json")).unwrap()),
+        ("model.safetensors", fs::read(golden.join("model.safetensors")).unwrap()),
+        ("tokenizer.json", tokenizer.to_string().into_bytes()),
+    ];
+    let server = Server::start(move |request| {
+        if request.path.starts_with("/api/models/a/c/") {
+            return Reply::refused(404, "RepoNotFound");
+        }
+        catalogue(&files, request).unwrap_or_else(|| {
+            let name = request.path.rsplit('/').next().unwrap();
+            Reply::part(&files.iter().find(|(path, _)| *path == name).unwrap().1, request)
+        })
+    });
+    let folder = tempfile::tempdir().unwrap();
+    for offline in ["0", "1"] {
+        let done = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "hub::tests::load_in_this_process"])
+            .env("STRATASCOPE_TEST_HUB", "1")
+            .env("STRATASCOPE_CACHE", folder.path().join("ours"))
+            .env("HF_ENDPOINT", format!("{}/", server.address))
+            .env("HF_HOME", folder.path().join("theirs"))
+            .env("HF_TOKEN", "secret")
+            .env("HF_HUB_OFFLINE", offline)
+            .env("NO_PROXY", "127.0.0.1")
+            .env_remove("HF_HUB_CACHE")
+            .output()
+            .unwrap();
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stdout));
+        let requests = server.take();
+        assert_eq!(requests.is_empty(), offline == "1", "{requests:?}");
+        assert!(requests.iter().all(|r| r.header("authorization") == Some("Bearer secret")));
+    }
+    assert!(folder.path().join("theirs/hub/models--a--b/snapshots").join(COMMIT).is_dir());
+}

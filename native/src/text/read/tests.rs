@@ -122,7 +122,7 @@ fn parquet_rows_are_documents() {
     assert_eq!((counts.malformed, counts.empty), (1, 1));
     for (column, word) in [("body", "id, text"), ("id", "does not hold text")] {
         let error = read(&path, &ReadOptions { column: column.to_owned(), ..options() }).unwrap_err();
-        assert!(error.to_string().contains(word), "{error:#}");
+        assert!(format!("{error:#}").contains(word), "{error:#}");
     }
     let bytes = std::fs::read(&path).unwrap();
     let cut = write(folder.path(), "cut.parquet", &bytes[..bytes.len() / 2]);
@@ -237,7 +237,7 @@ fn arrow_streams_and_files_read_alike() {
                 [("body", false, "id, text"), ("id", false, "Int64"), ("text", true, "Utf8")]
             {
                 let options = ReadOptions { column: column.to_owned(), ids, ..options() };
-                let error = read(&path, &options).unwrap_err().to_string();
+                let error = format!("{:#}", read(&path, &options).unwrap_err());
                 assert!(error.contains(word), "{error}");
             }
         }
