@@ -3,7 +3,6 @@
 use anyhow::{Result, ensure};
 use shared::config::harvest::HarvestConfig;
 use shared::tap::TapPoint;
-use std::path::Path;
 use sysinfo::{MemoryRefreshKind, System};
 
 use super::bucket;
