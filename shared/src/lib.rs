@@ -9,6 +9,7 @@
 //!   backward pass; [`fold`]: training parameters to released weights.
 //! - [`metrics`]: streaming accumulators (L0, FVU, dead latents, density).
 //! - [`tap`]: where activations are read; `lm` (feature `lm`): the transformer with those taps.
+//! - [`precision`]: the number formats a language model runs in.
 //! - [`pack`]: the files of a feature pack, in both directions.
 //! - [`config`]: strict TOML run configurations.
 //! - [`certify`]: how a fast backend reaches exactly the reference's active set.
@@ -32,6 +33,7 @@ pub mod lm;
 pub mod loss;
 pub mod metrics;
 pub mod pack;
+pub mod precision;
 pub mod reference;
 pub mod rows;
 pub mod sae;
@@ -40,6 +42,7 @@ pub mod tap;
 pub use codes::{Codes, CodesBuilder};
 pub use error::ShapeError;
 pub use forward::{Dims, Forward};
+pub use precision::Precision;
 pub use rows::Rows;
 pub use sae::{Activation, Sae, SaeParts};
 pub use tap::{Site, TapPoint};

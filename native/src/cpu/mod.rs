@@ -4,7 +4,12 @@
 //! with its inputs, screens the products at once and forgets them, so nothing dense `[n_rows, n]` ever exists. What
 //! passes the screen is summed again in f64 ([`shared::certify::Screen`]): active set and values are the reference's.
 
+pub(crate) mod attention;
 pub mod gemm;
+pub(crate) mod packed;
+pub(crate) mod simd;
+pub(crate) mod stage;
+pub(crate) mod widened;
 
 use std::ops::Range;
 

@@ -141,6 +141,7 @@ impl Place {
                 format: "none".to_owned(),
                 sha256: "0".repeat(64),
                 architecture: "formula".to_owned(),
+                precision: shared::Precision::F32,
             },
             d_model: 4,
         };

@@ -5,15 +5,18 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
+use shared::Precision;
 use shared::lm::{Blueprint, BosHints, CandleOps, LanguageModel, Tokenizer};
 
 use crate::files::{sha256, sha256_file};
 use crate::hub::{self, ModelId, Need};
 
 mod files;
+mod products;
 mod threads;
 
 use files::{GgufFile, Shards, read_small, weight_files};
+use products::CpuProducts;
 pub use threads::Rayon;
 
 /// A model with its tokenizer and where both came from.
@@ -40,17 +43,29 @@ pub struct ModelProvenance {
     pub sha256: String,
     /// The architecture, as in [`shared::lm::Spec`].
     pub architecture: String,
+    /// The number format its matrices were run in.
+    #[serde(default)]
+    pub precision: Precision,
 }
 
 /// Loads a Hugging Face folder (`config.json`, safetensors, `tokenizer.json`), a GGUF file, a folder holding
-/// exactly one GGUF file, or a model of the Hugging Face hub (`org/name@revision`), which is fetched if need be.
+/// exactly one GGUF file, or a model of the Hugging Face hub (`org/name@revision`), which is fetched if need be. It
+/// runs in f32.
 ///
 /// # Errors
 /// If the path holds none of these, or what it holds is broken or not supported.
 pub fn load(path: &Path) -> Result<LoadedModel> {
+    load_as(path, Precision::F32)
+}
+
+/// [`load`], to run in `precision`.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_as(path: &Path, precision: Precision) -> Result<LoadedModel> {
     let (found, source) = find(path, Need { weights: true, tokenizer: true })?;
     let tokenizer = found.tokenizer()?;
-    let (model, provenance) = found.weights(source)?;
+    let (model, provenance) = found.weights(source, precision)?;
     Ok(LoadedModel { model, tokenizer, provenance })
 }
 
@@ -59,8 +74,16 @@ pub fn load(path: &Path) -> Result<LoadedModel> {
 /// # Errors
 /// As [`load`].
 pub fn load_weights(path: &Path) -> Result<(LanguageModel, ModelProvenance)> {
+    load_weights_as(path, Precision::F32)
+}
+
+/// [`load_weights`], to run in `precision`.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_weights_as(path: &Path, precision: Precision) -> Result<(LanguageModel, ModelProvenance)> {
     let (found, source) = find(path, Need { weights: true, tokenizer: false })?;
-    found.weights(source)
+    found.weights(source, precision)
 }
 
 /// Only the tokenizer of what [`load`] would load.
@@ -125,8 +148,8 @@ impl Found {
         }
     }
 
-    fn weights(&self, source: String) -> Result<(LanguageModel, ModelProvenance)> {
-        let ops = CandleOps::new(Arc::new(Rayon));
+    fn weights(&self, source: String, precision: Precision) -> Result<(LanguageModel, ModelProvenance)> {
+        let ops = CandleOps::with_products(Arc::new(Rayon), Arc::new(CpuProducts::new(precision)));
         let read = || format!("cannot load the model at {}", self.path().display());
         let (model, name, format, sha256) = match self {
             Self::Folder(folder) => {
@@ -151,7 +174,10 @@ impl Found {
             }
         };
         let architecture = model.spec().architecture.clone();
-        Ok((model, ModelProvenance { name, source, format: format.to_owned(), sha256, architecture }))
+        Ok((
+            model,
+            ModelProvenance { name, source, format: format.to_owned(), sha256, architecture, precision },
+        ))
     }
 
     fn tokenizer(&self) -> Result<Tokenizer> {

@@ -54,6 +54,7 @@ fn small(folder: &Path) -> Manifest {
             format: "gguf".to_owned(),
             sha256: "0".repeat(64),
             architecture: "llama".to_owned(),
+            precision: shared::Precision::F32,
         },
         n_layers: 5,
         d_model: 2,

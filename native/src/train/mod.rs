@@ -17,7 +17,7 @@ pub mod order;
 pub mod params;
 pub mod run;
 pub mod schedule;
-mod simd;
+pub(crate) mod simd;
 pub mod source;
 pub mod step;
 pub mod vectors;

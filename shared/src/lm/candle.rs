@@ -8,6 +8,7 @@ use crate::Rows;
 
 use super::kernels::{self, vectorised};
 use super::ops::{Affine, Heads, Ops, QkNorm};
+use super::products::{CandleProducts, Packed, Products, QueryKeyValue};
 use super::{LmError, MlpActivation, NormKind, Parallel};
 
 /// The largest number of attention scores held at once; longer sequences are taken in more pieces of queries.
@@ -19,6 +20,16 @@ const QUERY_TILE: usize = 128;
 #[derive(Clone)]
 pub struct CandleOps {
     parallel: Arc<dyn Parallel>,
+    products: Arc<dyn Products>,
+}
+
+/// A weight matrix: candle's, or whatever the injected [`Products`] made of it.
+#[derive(Debug)]
+pub enum Matrix {
+    /// A tensor `[out, in]`.
+    Dense(Tensor),
+    /// Packed.
+    Packed(Box<dyn Packed>),
 }
 
 impl std::fmt::Debug for CandleOps {
@@ -39,7 +50,13 @@ impl CandleOps {
     /// Elementwise blocks run through `parallel`; matrix products use candle's own threads.
     #[must_use]
     pub fn new(parallel: Arc<dyn Parallel>) -> Self {
-        Self { parallel }
+        Self::with_products(parallel, Arc::new(CandleProducts))
+    }
+
+    /// As [`CandleOps::new`], with matrix products and attention by `products` where it takes them.
+    #[must_use]
+    pub fn with_products(parallel: Arc<dyn Parallel>, products: Arc<dyn Products>) -> Self {
+        Self { parallel, products }
     }
 
     /// Fills `n_rows` rows of `width` from pieces of about 16k values: `fill(first_row, piece)`.
@@ -96,6 +113,23 @@ impl CandleOps {
             });
         });
         Ok(Tensor::from_vec(out, (batch * kv, seq * group, d), &Device::Cpu)?)
+    }
+}
+
+impl CandleOps {
+    /// Attention by the injected products, if they do it.
+    fn attend(&self, heads: &Heads, seq: usize, qkv: [&Tensor; 3]) -> Result<Option<Tensor>, LmError> {
+        let [q, k, v] = qkv;
+        let (n, width) = (q.elem_count(), heads.n_heads * heads.head_dim);
+        let mut out = vec![0f32; n];
+        let done = with_values(q, |queries| {
+            with_values(k, |keys| {
+                with_values(v, |values| {
+                    self.products.attend(heads, seq, QueryKeyValue { queries, keys, values }, &mut out)
+                })
+            })
+        })?;
+        Ok(if done { Some(Tensor::from_vec(out, (n / width, width), &Device::Cpu)?) } else { None })
     }
 }
 
@@ -271,12 +305,15 @@ impl InplaceOp1 for Activate<'_> {
 
 impl Ops for CandleOps {
     type Rows = Tensor;
-    type Matrix = Tensor;
+    type Matrix = Matrix;
     type Vector = Tensor;
     type Rope = RopeTable;
 
-    fn matrix(&self, data: Vec<f32>, n_out: usize, n_in: usize) -> Result<Tensor, LmError> {
-        Ok(Tensor::from_vec(data, (n_out, n_in), &Device::Cpu)?)
+    fn matrix(&self, data: Vec<f32>, n_out: usize, n_in: usize) -> Result<Matrix, LmError> {
+        Ok(match self.products.pack(&data, n_out, n_in)? {
+            Some(packed) => Matrix::Packed(packed),
+            None => Matrix::Dense(Tensor::from_vec(data, (n_out, n_in), &Device::Cpu)?),
+        })
     }
 
     fn vector(&self, data: Vec<f32>) -> Result<Tensor, LmError> {
@@ -299,7 +336,19 @@ impl Ops for CandleOps {
         })
     }
 
-    fn embed(&self, table: &Tensor, ids: &[u32], scale: f32) -> Result<Tensor, LmError> {
+    fn embed(&self, table: &Matrix, ids: &[u32], scale: f32) -> Result<Tensor, LmError> {
+        let table = match table {
+            Matrix::Dense(table) => table,
+            Matrix::Packed(table) => {
+                let width = table.n_in();
+                return self.build(ids.len(), width, |first, piece| {
+                    for (out, &id) in piece.chunks_exact_mut(width).zip(&ids[first..]) {
+                        table.row(id as usize, out);
+                        out.iter_mut().for_each(|x| *x *= scale);
+                    }
+                });
+            }
+        };
         let (_, width) = table.dims2()?;
         with_values(table, |table| {
             self.build(ids.len(), width, |first, piece| {
@@ -348,8 +397,16 @@ impl Ops for CandleOps {
         })
     }
 
-    fn linear(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor, LmError> {
-        let out = x.matmul(&weight.t()?)?;
+    fn linear(&self, x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Result<Tensor, LmError> {
+        let out = match weight {
+            Matrix::Dense(weight) => x.matmul(&weight.t()?)?,
+            Matrix::Packed(weight) => with_values(x, |x| {
+                let n_rows = x.len() / weight.n_in().max(1);
+                let mut out = vec![0f32; n_rows * weight.n_out()];
+                weight.product(x, &mut out, false)?;
+                Ok(Tensor::from_vec(out, (n_rows, weight.n_out()), &Device::Cpu)?)
+            })?,
+        };
         if let Some(bias) = bias {
             out.inplace_op2(bias, &AddInPlace(&*self.parallel))?;
         }
@@ -380,6 +437,9 @@ impl Ops for CandleOps {
                 self.heads(values, heads, seq, (n_heads + kv, 1), None, None)?,
             ))
         })?;
+        if let Some(out) = self.attend(heads, seq, [&q, &k, &v])? {
+            return Ok(out);
+        }
         let out = Tensor::zeros((n_rows, n_heads * heads.head_dim), candle_core::DType::F32, &Device::Cpu)?;
         let parallel = &*self.parallel;
         let affordable = MAX_SCORES / (batch * n_heads * seq).max(1);
@@ -430,7 +490,7 @@ impl Ops for CandleOps {
         Ok(x.narrow(0, start, end.saturating_sub(start))?)
     }
 
-    fn logits(&self, x: &Tensor, unembedding: &Tensor, softcap: Option<f32>) -> Result<Tensor, LmError> {
+    fn logits(&self, x: &Tensor, unembedding: &Matrix, softcap: Option<f32>) -> Result<Tensor, LmError> {
         let logits = self.linear(x, unembedding, None)?;
         if let Some(cap) = softcap {
             logits.inplace_op1(&Softcap(&*self.parallel, cap))?;

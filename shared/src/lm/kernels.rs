@@ -134,9 +134,10 @@ pub(super) fn softcap(x: &mut [f32], cap: f32) {
     }
 }
 
-/// Softmax of `scale · scores` (soft-capped when asked for) over `visible`; zero elsewhere.
+/// Softmax of `scale · scores` (soft-capped when asked for) over `visible`; zero elsewhere. Callers compile it for the
+/// widest vectors they have.
 #[inline(always)]
-pub(super) fn masked_softmax(row: &mut [f32], visible: std::ops::Range<usize>, scale: f32, cap: Option<f32>) {
+pub fn masked_softmax(row: &mut [f32], visible: std::ops::Range<usize>, scale: f32, cap: Option<f32>) {
     row[..visible.start].fill(0.0);
     row[visible.end..].fill(0.0);
     let row = &mut row[visible];
