@@ -43,6 +43,9 @@ enum Command {
     Inspect(cmd::inspect::Args),
     /// Run the language model itself.
     Lm(cmd::lm::Args),
+    /// Measure this program by itself; `cargo xtask bench` runs it beside others.
+    #[command(hide = true)]
+    Bench(cmd::bench::Args),
     /// Report what this machine offers and what is missing.
     Doctor(cmd::doctor::Args),
 }
@@ -68,6 +71,7 @@ pub fn main() -> ExitCode {
         Command::Convert(args) => cmd::convert::run(args),
         Command::Inspect(args) => cmd::inspect::run(args),
         Command::Lm(args) => cmd::lm::run(args),
+        Command::Bench(args) => cmd::bench::run(args),
         Command::Doctor(args) => cmd::doctor::run(args),
     };
     match result {

@@ -1,8 +1,9 @@
 //! `cargo xtask`: what cargo cannot say. Set-up of a fresh machine, the demo from text to page, and every test.
 //!
 //! This file owns the command line; `setup` brings tools, `inputs` brings the model and the text,
-//! `demo` runs the stages of the main job, `test` runs the checks, and `run` starts and stops other programs.
+//! `demo` runs the stages of the main job, `test` runs the checks, `bench` compares speeds, and `run` starts and stops other programs.
 
+mod bench;
 mod demo;
 mod digest;
 mod inputs;
@@ -51,6 +52,8 @@ enum Command {
     /// native and for wasm; all cargo tests; the build of the page; and the page in headless Chromium, with a
     /// WebGPU adapter and without. Stops at the first failure. This is what continuous integration runs.
     Test(test::Args),
+    /// Speed beside other programs, on this machine.
+    Bench(bench::Args),
     /// Only the set-up of `demo` (with its model and text) or `test`.
     ///
     /// Useful before going offline, and in the image of a build machine.
@@ -78,6 +81,7 @@ fn dispatch(command: &Command) -> Result<()> {
     match command {
         Command::Demo(args) => demo::run(&places, args),
         Command::Test(args) => test::run(&places, args),
+        Command::Bench(args) => bench::run(&places, args),
         Command::Setup(args) => {
             let mut report = Report::new();
             setup::run(&places, args.purpose, &mut report)?;

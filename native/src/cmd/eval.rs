@@ -4,6 +4,7 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
+use shared::Precision;
 use shared::config::Count;
 
 use crate::evaluate::{self, Options, plot, report};
@@ -30,6 +31,9 @@ pub(crate) struct Args {
     /// The language model the store was harvested from; without it, delta loss is not measured.
     #[arg(long, value_name = "PATH")]
     model: Option<PathBuf>,
+    /// The number format the language model runs in: f32, bf16 or q8_0 [default: as the store was harvested].
+    #[arg(long, value_name = "FORMAT")]
+    precision: Option<Precision>,
     /// Held-out sequences to run through the language model.
     #[arg(long, value_name = "N", default_value_t = 64)]
     sequences: usize,
@@ -47,8 +51,9 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<()> {
     let file = sae_files::read(&args.sae).context("cannot read the autoencoder")?;
     let store = Store::open(&args.store).context("cannot open the store")?;
-    let model =
-        args.model.as_deref().map(model::load).transpose().context("cannot load the language model")?;
+    let precision = args.precision.unwrap_or(store.manifest().model.precision);
+    let model = args.model.as_deref().map(|path| model::load_as(path, precision)).transpose();
+    let model = model.context("cannot load the language model")?;
     let options = Options { sequences: args.sequences, density_tokens: args.density_tokens.0 };
     let result = evaluate::evaluate(&file, &store, model.as_ref(), &options, &StopFlag::from_signals()?)?;
     let measured = &result.reconstruction;

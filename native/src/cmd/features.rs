@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use shared::Precision;
 use shared::config::Count;
 
 use crate::evaluate::EvalReport;
@@ -66,6 +67,9 @@ pub(crate) struct Args {
     /// Most tokens of a bundled passage.
     #[arg(long, value_name = "N", default_value_t = 128)]
     text_tokens: usize,
+    /// The number format the language model runs in: f32, bf16 or q8_0 [default: as the store was harvested].
+    #[arg(long, value_name = "FORMAT")]
+    precision: Option<Precision>,
     /// Seed of the random examples.
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -86,7 +90,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let eval = args.eval.as_deref().map(read_eval).transpose()?;
     let file = sae_files::read(&args.sae).context("cannot read the autoencoder")?;
     let store = Store::open(&args.store).context("cannot open the store")?;
-    let model = model::load(&args.model).context("cannot load the language model")?;
+    let precision = args.precision.unwrap_or(store.manifest().model.precision);
+    let model = model::load_as(&args.model, precision).context("cannot load the language model")?;
     let source =
         Source { file: &file, store: &store, model: &model, passages: &passages, eval: eval.as_ref() };
     let names = Names { name: args.name.clone(), title: args.title.clone(), corpus: args.corpus.clone() };

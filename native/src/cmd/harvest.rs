@@ -50,6 +50,9 @@ pub(crate) struct Args {
     /// The model: a Hugging Face folder, a .gguf file, or a model of the hub such as google/gemma-2-2b@main.
     #[arg(long, value_name = "PATH|ID")]
     model: Option<String>,
+    /// The number format the model runs in: f32, bf16 or q8_0. The last two are faster and less exact.
+    #[arg(long, value_name = "FORMAT")]
+    precision: Option<String>,
     /// Text files and folders (.txt, .jsonl, .json, each also .gz or .zst, .parquet, .arrow), and data sets of the hub
     /// such as hf://datasets/org/name@main/data/*.parquet.
     #[arg(long, value_name = "PATH|URL", num_args = 1..)]
@@ -102,6 +105,7 @@ impl Args {
         let mut overrides = Vec::new();
         for (key, value) in [
             ("model", &self.model),
+            ("precision", &self.precision),
             ("tokens", &self.tokens),
             ("held_out", &self.held_out),
             ("dtype", &self.dtype),
@@ -142,7 +146,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         return show(args, &store);
     }
     let stop = StopFlag::from_signals()?;
-    let loaded = model::load(config.model.as_ref())?;
+    let loaded = model::load_as(config.model.as_ref(), config.precision)?;
     let summary = harvest::run(&config, out, &Inputs::of(&loaded, &config)?, &stop)?;
     if args.json {
         writeln!(io::stdout(), "{}", serde_json::to_string_pretty(&summary)?)?;
@@ -204,6 +208,7 @@ mod tests {
             (["--set", "batch=0"], "`batch`"),
             (["--set", "btach=3"], "btach"),
             (["--dtype", "f8"], "dtype"),
+            (["--precision", "f8"], "precision"),
         ] {
             let error = format!("{:#}", resolve(&[&given[..], &flags[..]].concat()).unwrap_err());
             assert!(error.contains(word), "{error}");

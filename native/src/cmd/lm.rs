@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Subcommand;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
-use shared::Rows;
 use shared::lm::{LmError, NoTap, Tap, TapAction, TokenBatch, Until, nll};
 use shared::tap::TapPoint;
+use shared::{Precision, Rows};
 
 use crate::{files, model, progress};
 
@@ -47,6 +47,9 @@ struct TapsArgs {
     /// A Hugging Face folder (config.json, safetensors) or a .gguf file.
     #[arg(long, value_name = "DIR|GGUF")]
     model: PathBuf,
+    /// The number format the model runs in: f32, bf16 or q8_0.
+    #[arg(long, value_name = "FORMAT", default_value_t = Precision::F32)]
+    precision: Precision,
     /// A safetensors file with `input_ids` [batch, seq].
     #[arg(long, value_name = "FILE")]
     tokens: PathBuf,
@@ -60,6 +63,9 @@ struct ScoreArgs {
     /// A Hugging Face folder with its tokenizer, or a .gguf file.
     #[arg(long, value_name = "DIR|GGUF")]
     model: PathBuf,
+    /// The number format the model runs in: f32, bf16 or q8_0.
+    #[arg(long, value_name = "FORMAT", default_value_t = Precision::F32)]
+    precision: Precision,
     /// A UTF-8 text file.
     #[arg(long, value_name = "FILE")]
     text: PathBuf,
@@ -99,7 +105,7 @@ impl Tap for KeepAll {
 
 fn taps(args: &TapsArgs) -> Result<()> {
     let (ids, seq) = read_ids(&args.tokens)?;
-    let (model, _) = model::load_weights(&args.model)?;
+    let (model, _) = model::load_weights_as(&args.model, args.precision)?;
     let tokens = TokenBatch::new(&ids, seq)?;
     let mut tap = KeepAll { kept: Vec::new() };
     let logits = model
@@ -162,7 +168,7 @@ fn read_ids(path: &Path) -> Result<(Vec<u32>, usize)> {
 fn score(args: &ScoreArgs) -> Result<()> {
     let text =
         fs::read_to_string(&args.text).with_context(|| format!("cannot read {}", args.text.display()))?;
-    let loaded = model::load(&args.model)?;
+    let loaded = model::load_as(&args.model, args.precision)?;
     let mut ids = loaded.tokenizer.encode(&text)?;
     ids.truncate(args.tokens.unwrap_or(usize::MAX));
     ensure!(ids.len() > 1, "{} has {} token(s); at least 2 are needed", args.text.display(), ids.len());
@@ -210,7 +216,7 @@ mod tests {
     }
 
     fn run_taps(tokens: PathBuf, out: &Path) -> Result<()> {
-        taps(&TapsArgs { model: golden("llama"), tokens, out: out.to_owned() })
+        taps(&TapsArgs { model: golden("llama"), precision: Precision::F32, tokens, out: out.to_owned() })
     }
 
     fn write_ids(path: &Path, name: &str, dtype: Dtype, shape: &[usize], bytes: &[u8]) {

@@ -1,5 +1,6 @@
 //! One file a command: arguments with their help, and a thin `run` over the library.
 
+pub(crate) mod bench;
 pub(crate) mod convert;
 pub(crate) mod doctor;
 pub(crate) mod encode;

@@ -133,7 +133,7 @@ impl Args {
         }
         config.validate()?;
         config.token_cache.get_or_insert_with(|| "auto".to_owned());
-        let loaded = model::load(config.model.as_ref())?;
+        let loaded = model::load_as(config.model.as_ref(), config.precision)?;
         LiveTap::new(Live::new(&config, loaded, tap, stop)?)
     }
 }

@@ -19,8 +19,8 @@ impl Store {
         line(
             "model",
             format!(
-                "{} ({}, {} layers, d_model {}; {sha})",
-                m.model.name, m.model.architecture, m.n_layers, m.d_model
+                "{} ({}, {} layers, d_model {}, run in {}; {sha})",
+                m.model.name, m.model.architecture, m.n_layers, m.d_model, m.model.precision
             ),
         );
         line("text", text_line(m));

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use serde::{Deserialize, Serialize};
 
 use super::{ConfigError, Count, Portion};
+use crate::precision::Precision;
 use crate::tap::{Site, TapPoint};
 
 /// The number type vectors are stored in.
@@ -46,6 +47,8 @@ impl StoreDtype {
 pub struct HarvestConfig {
     /// The model: a Hugging Face folder, a GGUF file, or a model of the hub (`org/name@revision`).
     pub model: String,
+    /// The number format the model's matrices are kept and multiplied in: `f32`, `bf16` or `q8_0`.
+    pub precision: Precision,
     /// Text files and folders (`.txt`, `.jsonl`, `.json`, compressed `.gz` or `.zst`, `.parquet`, `.arrow`), and data sets of
     /// the hub (`hf://datasets/org/name@revision/path`).
     pub text: Vec<String>,
@@ -104,6 +107,7 @@ impl Default for HarvestConfig {
     fn default() -> Self {
         Self {
             model: String::new(),
+            precision: Precision::F32,
             text: Vec::new(),
             text_column: "text".to_owned(),
             token_column: None,

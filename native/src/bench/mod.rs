@@ -1,0 +1,37 @@
+//! Measurements of this program by itself: speed of a harvest's forward pass, and what lower precision costs.
+//!
+//! `cargo xtask bench` runs the first beside other programs, round by round in turn, so that a busy machine slows both.
+
+mod harvest;
+mod precision;
+
+pub use harvest::{HarvestBench, HarvestReady, HarvestRound};
+pub use precision::{PrecisionReport, TapError, compare};
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use shared::lm::Tokenizer;
+
+/// `batch` sequences of `length` tokens from the beginning of a text, without a BOS token.
+///
+/// # Errors
+/// If the text cannot be read or is too short.
+pub fn ids_of(text: &Path, tokenizer: &Tokenizer, batch: usize, length: usize) -> Result<Vec<u32>> {
+    let read = fs::read_to_string(text).with_context(|| format!("cannot read {}", text.display()))?;
+    let mut ids = tokenizer.encode(&read)?;
+    let wanted = batch.checked_mul(length).context("batch times length is too large")?;
+    ensure!(ids.len() >= wanted, "{} has {} tokens, wanted {wanted}", text.display(), ids.len());
+    ids.truncate(wanted);
+    Ok(ids)
+}
+
+/// The most memory this process ever held, in MiB; `None` where the system does not say.
+#[must_use]
+pub fn peak_memory_mib() -> Option<f64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kib: f64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
+    Some(kib / 1024.0)
+}

@@ -1,0 +1,110 @@
+//! `stratascope bench`: measurements of this program by itself. Hidden from the list of commands: `cargo xtask bench`
+//! is what people run.
+
+use std::fs;
+use std::io::{self, BufRead, Write};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use clap::Subcommand;
+use shared::Precision;
+use shared::config::Count;
+
+use crate::bench::{HarvestBench, compare};
+
+/// Arguments of `bench`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// The forward pass of a harvest, one round for each line `round` on standard input.
+    ///
+    /// Prints one line of JSON when it is ready and one for each round. The line `peak` asks for the speed of one large
+    /// f32 product instead. Ends with its input.
+    Harvest(HarvestArgs),
+    /// Activations and next-token losses in a number format beside those in f32.
+    Precision(PrecisionArgs),
+}
+
+#[derive(Debug, clap::Args)]
+struct HarvestArgs {
+    /// The model: a Hugging Face folder or a .gguf file.
+    #[arg(long, value_name = "PATH")]
+    model: PathBuf,
+    /// A UTF-8 text file.
+    #[arg(long, value_name = "FILE")]
+    text: PathBuf,
+    /// The number format: f32, bf16 or q8_0.
+    #[arg(long, value_name = "FORMAT", default_value_t = Precision::F32)]
+    precision: Precision,
+    /// Sequences of a round.
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    batch: usize,
+    /// Tokens of a sequence.
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    length: usize,
+    /// Blocks to run; the residual stream after the last is read.
+    #[arg(long, value_name = "N", default_value_t = 15)]
+    layers: usize,
+    /// Write the token ids as a JSON list of sequences, for another program.
+    #[arg(long, value_name = "FILE")]
+    ids: Option<PathBuf>,
+}
+
+#[derive(Debug, clap::Args)]
+struct PrecisionArgs {
+    /// The model: a Hugging Face folder or a .gguf file.
+    #[arg(long, value_name = "PATH")]
+    model: PathBuf,
+    /// A UTF-8 text file.
+    #[arg(long, value_name = "FILE")]
+    text: PathBuf,
+    /// The number format: bf16 or q8_0.
+    #[arg(long, value_name = "FORMAT")]
+    precision: Precision,
+    /// Tokens to run.
+    #[arg(long, value_name = "N", default_value = "10240")]
+    tokens: Count,
+}
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    match &args.command {
+        Command::Harvest(args) => harvest(args),
+        Command::Precision(args) => {
+            let tokens = usize::try_from(args.tokens.0).context("too many tokens")?;
+            let report = compare(&args.model, &args.text, args.precision, tokens)?;
+            print(&report)
+        }
+    }
+}
+
+fn harvest(args: &HarvestArgs) -> Result<()> {
+    let shape = (args.batch, args.length);
+    let bench = HarvestBench::load(&args.model, &args.text, args.precision, shape, args.layers)?;
+    if let Some(path) = &args.ids {
+        let sequences: Vec<&[u32]> = bench.ids().chunks(args.length).collect();
+        fs::write(path, serde_json::to_vec(&sequences)?)
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    print(&bench.ready())?;
+    for line in io::stdin().lock().lines() {
+        match line?.trim() {
+            "round" => print(&bench.round()?)?,
+            "peak" => print(&serde_json::json!({ "gflops": HarvestBench::peak_gflops()? }))?,
+            other => bail!("expected `round` or `peak`, found `{other}`"),
+        }
+    }
+    Ok(())
+}
+
+/// One line, at once.
+fn print(value: &impl serde::Serialize) -> Result<()> {
+    let mut out = io::stdout().lock();
+    serde_json::to_writer(&mut out, value)?;
+    writeln!(out)?;
+    Ok(out.flush()?)
+}

@@ -1,0 +1,35 @@
+//! Benches beside other programs: both run on this machine, round by round in turn, and what is printed at the end is ratios.
+//!
+//! This file owns the list of benches; one file holds one bench, `worker` talks to the programs that take turns.
+
+mod harvest;
+mod worker;
+
+use anyhow::Result;
+use clap::Subcommand;
+
+use crate::places::Places;
+
+/// Arguments of `bench`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    bench: Bench,
+}
+
+#[derive(Debug, Subcommand)]
+enum Bench {
+    /// The forward pass of a harvest: SmolLM2-135M, its first fifteen blocks, in f32, bf16 and q8_0.
+    ///
+    /// Fetches the model and the text of the demo, builds the program, and runs 8 sequences of 256 tokens a round on all
+    /// cores. With --peer-python also Hugging Face transformers on the same tokens, in turn with ours; the last lines are
+    /// then `ratio NAME X.XX`, our tokens/s over its. A figure is that of the best round.
+    Harvest(harvest::Args),
+}
+
+/// Runs one bench.
+pub(crate) fn run(places: &Places, args: &Args) -> Result<()> {
+    match &args.bench {
+        Bench::Harvest(args) => harvest::run(places, args),
+    }
+}
