@@ -83,6 +83,7 @@ fn make(folder: &Path, text: &Path, dtype: StoreDtype) -> Result<Store> {
         format: "none".to_owned(),
         sha256: "0".repeat(64),
         architecture: "formula".to_owned(),
+        precision: shared::Precision::F32,
     };
     let inputs = Inputs { encode: &Formula, model: &Formula, tokenizer, provenance, d_model: WIDTH };
     let summary = harvest::run(&config, folder, &inputs, &StopFlag::default())?;

@@ -202,10 +202,11 @@ fn first_with(path: &Path, extension: &str) -> Option<PathBuf> {
     found.into_iter().next()
 }
 
-#[cfg(all(test, unix))]
+#[cfg(test)]
 mod tests {
     use super::*;
 
+    #[cfg(unix)]
     fn fixed(name: &str, seconds: &str) -> Contender {
         let script = format!(
             "echo '{{\"tokens\": 100, \"flops\": 1e9, \"model_mib\": 10}}'; \
@@ -214,6 +215,7 @@ mod tests {
         contender(name.to_owned(), Command::new("sh").args(["-c", &script])).unwrap()
     }
 
+    #[cfg(unix)]
     #[test]
     fn ratios_are_of_the_best_rounds() {
         let mut all = vec![fixed("stratascope f32", "0.5"), fixed("transformers f32", "0.75")];

@@ -74,14 +74,17 @@ pub(crate) fn number(answer: &Value, key: &str) -> Result<f64> {
     answer.get(key).and_then(Value::as_f64).with_context(|| format!("no number {key} in {answer}"))
 }
 
-#[cfg(all(test, unix))]
+#[cfg(test)]
 mod tests {
+    #[cfg(unix)]
     use super::*;
 
+    #[cfg(unix)]
     fn shell(script: &str) -> Result<Worker> {
         Worker::start("sh", Command::new("sh").args(["-c", script]))
     }
 
+    #[cfg(unix)]
     #[test]
     fn answers_come_line_by_line() {
         let mut worker =
@@ -94,6 +97,7 @@ mod tests {
         worker.end().unwrap();
     }
 
+    #[cfg(unix)]
     #[test]
     fn faults_name_the_program() {
         assert!(shell("exit 3").err().unwrap().to_string().contains("sh ended early"));
