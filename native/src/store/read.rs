@@ -180,7 +180,7 @@ impl Piece<'_> {
         self.start
             + match &self.values {
                 Values::F32(dtype, values) => values.len() * dtype.size(),
-                Values::U32(values) => size_of_val::<[u32]>(values),
+                Values::U32(values) => size_of_val(*values),
             } as u64
     }
 
@@ -251,7 +251,7 @@ fn stretches(blob: &Blob, pieces: &mut [Piece<'_>]) -> Result<Vec<Crc>> {
     thread::scope(|scope| {
         let threads: Vec<_> =
             pieces.chunks_mut(each).map(|pieces| scope.spawn(|| stretch(blob, pieces))).collect();
-        let joined = threads.into_iter().map(|thread| thread.join());
+        let joined = threads.into_iter().map(thread::ScopedJoinHandle::join);
         joined.map(|crc| crc.map_err(|_| anyhow!("a thread reading {} failed", blob.show()))?).collect()
     })
 }
