@@ -264,12 +264,37 @@ fn what_is_wrong_with_a_bucket_is_said() {
     let few = HarvestConfig { tokens: Count(1000), ..settings.clone() };
     let error = harvest::run(&few, to("s3://data/store", &elsewhere), &inputs, &stop).unwrap_err();
     says(error, &["finished store"]);
-    stop.raise();
-    fs::remove_dir_all(&elsewhere).unwrap();
+    // Stopped before the first bucket is sent: neither another bucket nor a folder may take it over.
     let unfinished = folder.path().join("unfinished");
-    assert!(server.harvest(&settings, "s3://data/once", &unfinished).kill().is_ok());
-    let _ = harvest::run(&settings, to("s3://data/once", &unfinished), &inputs, &stop).unwrap_err();
+    let mut child = server.harvest(&settings, "s3://data/once", &unfinished);
+    while !unfinished.join(harvest::PARTIAL_MANIFEST).exists() {
+        assert!(child.try_wait().unwrap().is_none(), "the harvest was over before it could be killed");
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
     assert!(!server.folder.join("data/once").join(MANIFEST).exists());
+    let error = harvest::run(&settings, to("s3://data/twice", &unfinished), &inputs, &stop).unwrap_err();
+    says(error, &["goes to s3://data/once, not to s3://data/twice"]);
+    let error = harvest::run(&settings, &unfinished, &inputs, &stop).unwrap_err();
+    says(error, &["goes to s3://data/once"]);
+    // The same place may, and sees what was removed from the bucket meanwhile.
+    let sent = server.folder.join("data/once").join(name);
+    let mut child = server.harvest(&settings, "s3://data/once", &unfinished);
+    while !sent.exists() || unfinished.join(name).exists() {
+        assert!(child.try_wait().unwrap().is_none(), "the harvest was over before it could be killed");
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let shard = fs::read(&sent).unwrap();
+    fs::remove_file(&sent).unwrap();
+    let error = harvest::run(&settings, to("s3://data/once", &unfinished), &inputs, &stop).unwrap_err();
+    says(error, &["s3://data/once/train/resid.1/shard-00000.safetensors", "now has none"]);
+    assert!(!server.folder.join("data/once").join(MANIFEST).exists());
+    fs::write(&sent, shard).unwrap();
+    harvest::run(&settings, to("s3://data/once", &unfinished), &inputs, &stop).unwrap();
+    assert!(server.objects("once").contains_key(Path::new(MANIFEST)));
 }
 
 #[test]
@@ -285,6 +310,12 @@ fn a_bucket_that_cannot_be_reached_is_said_within_a_minute() {
     let error = format!("{:#}", Store::at(place).unwrap_err());
     assert!(error.contains("s3://data/store/manifest.json"), "{error}");
     assert!(started.elapsed().as_secs() < 60);
+    let unnamed =
+        [("AWS_ENDPOINT_URL", "http://127.0.0.1:9"), ("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")];
+    let unnamed = unnamed.map(|(name, value)| (name.to_owned(), value.to_owned()));
+    let place = Place::with_settings(Path::new("s3://data/store"), unnamed.into_iter()).unwrap();
+    let error = format!("{:#}", Store::at(place).unwrap_err());
+    assert!(error.contains("no credentials are set"), "{error}");
     let nowhere = [("AWS_ENDPOINT_URL".to_owned(), "127.0.0.1:9".to_owned())];
     let error = Place::with_settings(Path::new("s3://data/store"), nowhere.into_iter()).unwrap_err();
     assert!(format!("{error:#}").contains("AWS_ENDPOINT_URL"), "{error:#}");

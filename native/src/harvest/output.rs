@@ -114,7 +114,7 @@ impl Output {
     /// [`Stopped`] between two files, or if one cannot be sent.
     pub(super) fn send_shards(&self, partial: &Partial, stop: &StopFlag) -> Result<()> {
         let Some(Place::Bucket(bucket)) = &self.bucket else { return Ok(()) };
-        recorded(partial).par_iter().try_for_each(|(name, info)| {
+        let sent = recorded(partial).par_iter().try_for_each(|(name, info)| {
             let path = self.folder.join(name);
             if !path.exists() {
                 return Ok(());
@@ -124,7 +124,12 @@ impl Output {
             }
             bucket.send(&path, name, info)?;
             fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))
-        })
+        });
+        sent.map_err(|error| if error.is::<Stopped>() { error } else { error.context(self.kept()) })
+    }
+
+    fn kept(&self) -> String {
+        format!("what is finished is kept in {}; run the same command again to go on", self.folder.display())
     }
 
     /// Sends what is left of a finished store, checks that everything is there, and sends the manifest.
@@ -136,7 +141,7 @@ impl Output {
         let there = bucket.list()?;
         for (name, info) in manifest.files() {
             if self.folder.join(&name).exists() {
-                bucket.send(&self.folder.join(&name), &name, info)?;
+                bucket.send(&self.folder.join(&name), &name, info).with_context(|| self.kept())?;
             } else {
                 ensure!(
                     there.get(&name) == Some(&info.bytes),
@@ -151,7 +156,7 @@ impl Output {
         for name in [CONFIG, MANIFEST] {
             let path = self.folder.join(name);
             let bytes = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-            bucket.write(name, bytes)?;
+            bucket.write(name, bytes).with_context(|| self.kept())?;
         }
         Ok(())
     }

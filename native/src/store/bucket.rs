@@ -23,6 +23,22 @@ use tokio::runtime::Runtime;
 
 use super::manifest::FileInfo;
 
+/// Settings of which one says who we are.
+const S3_CREDENTIALS: [&str; 5] = [
+    "AWS_ACCESS_KEY_ID",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    "AWS_SKIP_SIGNATURE",
+];
+/// The same for Google.
+const GS_CREDENTIALS: [&str; 5] = [
+    "SERVICE_ACCOUNT",
+    "GOOGLE_SERVICE_ACCOUNT",
+    "GOOGLE_SERVICE_ACCOUNT_KEY",
+    "GOOGLE_APPLICATION_CREDENTIALS",
+    "GOOGLE_SKIP_SIGNATURE",
+];
 /// Objects up to this length are sent in one request.
 const WHOLE: u64 = 8 << 20;
 /// Parts of one object on their way at the same time.
@@ -47,6 +63,8 @@ pub struct Bucket {
     /// `s3://bucket` or `gs://bucket`.
     root: String,
     prefix: String,
+    /// Whether the settings named credentials; otherwise the machine's own role is asked for.
+    named: bool,
 }
 
 fn runtime() -> Result<&'static Runtime> {
@@ -66,6 +84,7 @@ impl Bucket {
     /// # Errors
     /// If the URL's scheme is neither `s3` nor `gs`, it names no bucket, or a setting cannot be meant.
     pub(super) fn connect(url: &str, settings: impl Iterator<Item = (String, String)>) -> Result<Self> {
+        let settings: Vec<_> = settings.collect();
         let (scheme, rest) = url.split_once("://").unwrap_or_default();
         let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
         ensure!(
@@ -74,6 +93,9 @@ impl Bucket {
         );
         ensure!(!bucket.is_empty(), "{url} names no bucket, as {scheme}://bucket/prefix does");
         let _entered = runtime()?.enter();
+        let names = if scheme == "s3" { &S3_CREDENTIALS[..] } else { &GS_CREDENTIALS[..] };
+        let named = settings.iter().any(|(name, _)| names.contains(&name.as_str()));
+        let settings = settings.into_iter();
         // Long enough for a busy service, short enough to tell a person that there is none.
         let retries =
             RetryConfig { max_retries: 5, retry_timeout: Duration::from_secs(60), ..RetryConfig::default() };
@@ -91,7 +113,7 @@ impl Bucket {
             Box::new(builder.build().with_context(|| format!("cannot use {url}"))?)
         };
         let prefix = prefix.trim_matches('/').to_owned();
-        Ok(Self { client, root: format!("{scheme}://{bucket}"), prefix })
+        Ok(Self { client, root: format!("{scheme}://{bucket}"), prefix, named })
     }
 
     fn path(&self, name: &str) -> String {
@@ -118,6 +140,10 @@ impl Bucket {
             Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => {
                 ": access was refused; check the credentials in the environment (AWS_ACCESS_KEY_ID and \
                  AWS_SECRET_ACCESS_KEY, or GOOGLE_SERVICE_ACCOUNT) and what they may do"
+            }
+            _ if !self.named => {
+                " (no credentials are set in the environment, so this machine's own were asked for; set \
+                 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or GOOGLE_SERVICE_ACCOUNT)"
             }
             _ => "",
         };
