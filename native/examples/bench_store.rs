@@ -75,8 +75,13 @@ fn make(folder: &Path, text: &Path, dtype: StoreDtype) -> Result<Store> {
         dtype,
         ..HarvestConfig::default()
     };
-    let tokenizer =
-        TokenizerInfo { vocab_size: 1 << 20, bos: None, separator: None, special_ids: Vec::new() };
+    let tokenizer = TokenizerInfo {
+        vocab_size: 1 << 20,
+        bos: None,
+        separator: None,
+        special_ids: Vec::new(),
+        dropped_ids: Vec::new(),
+    };
     let provenance = ModelProvenance {
         name: "formula".to_owned(),
         source: "formula".to_owned(),
