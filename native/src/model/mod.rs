@@ -66,6 +66,13 @@ pub fn load_as(path: &Path, precision: Precision) -> Result<LoadedModel> {
     let (found, source) = find(path, Need { weights: true, tokenizer: true })?;
     let tokenizer = found.tokenizer()?;
     let (model, provenance) = found.weights(source, precision)?;
+    let (ids, rows) = (tokenizer.base_vocab_size(), model.spec().vocab_size);
+    if ids > rows {
+        bail!(
+            "the tokenizer at {} has {ids} tokens, but the model's embedding only {rows}: they do not belong together",
+            found.path().display()
+        );
+    }
     Ok(LoadedModel { model, tokenizer, provenance })
 }
 

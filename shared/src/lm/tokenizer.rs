@@ -1,10 +1,8 @@
 //! Text to token ids, and ids back to something a person can read.
 
-use serde_json::json;
 use tokenizers::DecoderWrapper;
 
 use super::LmError;
-use super::gguf::{Gguf, GgufValue};
 
 /// A tokenizer with what the model's files say about special tokens.
 #[derive(Debug, Clone)]
@@ -52,75 +50,6 @@ impl Tokenizer {
         let prepend_bos = bos.is_some() && hints.prepend.unwrap_or(template.is_some());
         let byte_level = inner.get_decoder().is_some_and(is_byte_level);
         Ok(Self { inner, byte_level, bos, prepend_bos, special_ids })
-    }
-
-    /// Builds the tokenizer embedded in a GGUF: byte-level BPE with the pre-tokenizer the file names.
-    ///
-    /// # Errors
-    /// If the file holds none, another kind, or one that is malformed.
-    pub fn from_gguf(gguf: &Gguf) -> Result<Self, LmError> {
-        let fail = |problem: String| LmError::Tokenizer(problem);
-        match gguf.text("tokenizer.ggml.model") {
-            Some("gpt2") => {}
-            Some(other) => {
-                return Err(fail(format!("GGUF kind `{other}`; supported is gpt2 (byte-level BPE)")));
-            }
-            None => return Err(fail("the GGUF holds none (no tokenizer.ggml.model)".to_owned())),
-        }
-        let byte_level =
-            json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
-        // SmolLM isolates every digit before the GPT-2 pattern sees the text, so that `  1` is two spaces and a
-        // digit, not a space and ` 1`.
-        let pre_tokenizer = match gguf.text("tokenizer.ggml.pre") {
-            Some("smollm") => json!({"type": "Sequence", "pretokenizers": [
-                {"type": "Digits", "individual_digits": true}, byte_level
-            ]}),
-            Some("gpt-2" | "default") | None => byte_level.clone(),
-            Some(other) => {
-                return Err(fail(format!("GGUF pre-tokenizer `{other}`; supported are smollm, gpt-2")));
-            }
-        };
-        let texts = |key: &str| match gguf.metadata().get(key) {
-            Some(GgufValue::Texts(texts)) => Ok(texts),
-            _ => Err(fail(format!("{key} is missing or not a list of texts"))),
-        };
-        let tokens = texts("tokenizer.ggml.tokens")?;
-        let merges = texts("tokenizer.ggml.merges")?.iter().map(|merge| {
-            merge
-                .split_once(' ')
-                .ok_or_else(|| fail(format!("merge `{merge}` has no space")))
-                .map(|(a, b)| json!([a, b]))
-        });
-        let merges = merges.collect::<Result<Vec<_>, _>>()?;
-        let vocab: serde_json::Map<_, _> =
-            tokens.iter().enumerate().map(|(id, token)| (token.clone(), json!(id))).collect();
-        let kinds = match gguf.metadata().get("tokenizer.ggml.token_type") {
-            Some(GgufValue::Integers(kinds)) if kinds.len() == tokens.len() => kinds.as_slice(),
-            None => &[],
-            Some(_) => return Err(fail("tokenizer.ggml.token_type does not fit the tokens".to_owned())),
-        };
-        // Types 3 (control) and 4 (user-defined) are taken out of the text whole; control tokens are special.
-        let added = kinds.iter().enumerate().filter(|(_, kind)| matches!(kind, 3 | 4)).map(|(id, kind)| {
-            json!({"id": id, "content": tokens[id], "single_word": false, "lstrip": false, "rstrip": false,
-                   "normalized": false, "special": *kind == 3})
-        });
-        let json = json!({
-            "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "post_processor": null,
-            "added_tokens": added.collect::<Vec<_>>(), "pre_tokenizer": pre_tokenizer, "decoder": byte_level,
-            "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
-                      "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
-                      "ignore_merges": false, "vocab": vocab, "merges": merges}
-        });
-        let id = |key: &str| match gguf.metadata().get(key) {
-            Some(GgufValue::Integer(id)) => u32::try_from(*id).ok(),
-            _ => None,
-        };
-        let prepend = match gguf.metadata().get("tokenizer.ggml.add_bos_token") {
-            Some(GgufValue::Flag(flag)) => Some(*flag),
-            _ => None,
-        };
-        let hints = BosHints { token: None, id: id("tokenizer.ggml.bos_token_id"), prepend };
-        Self::from_json(json.to_string().as_bytes(), &hints)
     }
 
     /// The token ids of `text`; no special tokens are added.
@@ -178,6 +107,13 @@ impl Tokenizer {
     #[must_use]
     pub fn vocab_size(&self) -> usize {
         self.inner.get_vocab_size(true)
+    }
+
+    /// The number of ids without added tokens. A model's embedding has at least as many rows when the two belong
+    /// together; added tokens may lie beyond it (an image placeholder in a text model), and fail when they are used.
+    #[must_use]
+    pub fn base_vocab_size(&self) -> usize {
+        self.inner.get_vocab_size(false)
     }
 }
 

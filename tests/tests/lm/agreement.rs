@@ -201,6 +201,74 @@ fn splicing_the_identity_changes_nothing_and_kept_positions_stay() {
 }
 
 #[test]
+fn steering_moves_the_tap_by_exactly_the_step() {
+    let expected = Expected::read("pythia");
+    let (model, _) = model::load_weights(&golden("pythia")).unwrap();
+    let tokens = expected.tokens();
+    let clean = run(&model, tokens);
+    let keep: Vec<bool> = (0..tokens.n_tokens()).map(|i| i % expected.seq < 3).collect();
+    for site in [Site::Embed, Site::Resid, Site::Mlp, Site::Attn, Site::MlpIn] {
+        let point = TapPoint::new(site, usize::from(site != Site::Embed));
+        let width = model.spec().site_width(site);
+        let direction: Vec<f32> = (0..width).map(|i| (i as f32 - 9.5) * 0.25).collect();
+        let steered = |strength: f32| {
+            let mut kept = Keep::default();
+            let mut steerer = Steerer::new(point, keep.clone(), &direction, strength);
+            let logits = {
+                let mut taps = Taps::new(vec![&mut steerer, &mut kept]);
+                model.forward(tokens, &mut taps, Until::Logits).unwrap().unwrap()
+            };
+            (kept.0, logits)
+        };
+        let (values, logits) = steered(0.0);
+        assert!(values.iter().all(|(name, values)| *values == clean[name]), "{point} by nothing");
+        assert_eq!(logits, clean["logits"], "{point} by nothing");
+        let (values, logits) = steered(0.5);
+        let (values, before) = (&values[&point.to_string()], &clean[&point.to_string()]);
+        for (i, (row, before)) in values.chunks(width).zip(before.chunks(width)).enumerate() {
+            let step = if keep[i] { 0.0 } else { 0.5 };
+            let wanted: Vec<f32> = before.iter().zip(&direction).map(|(x, d)| x + step * d).collect();
+            assert_eq!(row, wanted, "{point}: row {i}");
+        }
+        let vocab = model.spec().vocab_size;
+        for (i, (a, b)) in logits.chunks(vocab).zip(clean["logits"].chunks(vocab)).enumerate() {
+            assert_eq!(a == b, keep[i], "{point}: logits of row {i}");
+        }
+        let mut narrow = Steerer::new(point, keep.clone(), &direction[1..], 1.0);
+        assert!(matches!(model.forward(tokens, &mut narrow, Until::Logits), Err(LmError::Shape(_))));
+        let mut short = Steerer::new(point, keep[1..].to_vec(), &direction, 1.0);
+        assert!(matches!(model.forward(tokens, &mut short, Until::Logits), Err(LmError::Tap { .. })));
+    }
+}
+
+#[test]
+fn taps_at_one_point_see_what_those_before_made() {
+    let expected = Expected::read("llama");
+    let (model, _) = model::load_weights(&golden("llama")).unwrap();
+    let (tokens, point) = (expected.tokens(), TapPoint::new(Site::Resid, 1));
+    let keep = vec![false; tokens.n_tokens()];
+    let double = |rows: Rows<'_>| Ok(rows.data().iter().map(|x| 2.0 * x).collect());
+    let ones = vec![1.0; model.spec().d_model];
+    let order = |steer_first: bool| {
+        let (mut splice, mut kept) = (Splicer::new(point, keep.clone(), double), Keep::default());
+        let mut steer = Steerer::new(point, keep.clone(), &ones, 3.0);
+        let (first, second): (&mut dyn Tap, &mut dyn Tap) =
+            if steer_first { (&mut steer, &mut splice) } else { (&mut splice, &mut steer) };
+        model.forward(tokens, &mut Taps::new(vec![first, second, &mut kept]), Until::Layer(1)).unwrap();
+        kept.0.remove(&point.to_string()).unwrap()
+    };
+    let clean = &run(&model, tokens)[&point.to_string()];
+    assert!(order(true).iter().zip(clean).all(|(y, x)| *y == 2.0 * (x + 3.0)));
+    assert!(order(false).iter().zip(clean).all(|(y, x)| *y == 2.0 * x + 3.0));
+    let (mut short, mut steer) = (
+        Splicer::new(point, keep.clone(), |_: Rows<'_>| Ok(vec![0.0])),
+        Steerer::new(point, keep, &ones, 3.0),
+    );
+    let result = model.forward(tokens, &mut Taps::new(vec![&mut short, &mut steer]), Until::Logits);
+    assert!(matches!(result, Err(LmError::Replacement { found: 1, .. })));
+}
+
+#[test]
 fn splicing_refuses_what_does_not_fit() {
     let expected = Expected::read("llama");
     let (model, _) = model::load_weights(&golden("llama")).unwrap();
@@ -242,6 +310,20 @@ fn direct_logits_are_the_gain_times_the_unembedding() {
             .collect();
         assert!(distance(&found, &wanted) < 1e-6, "{case}");
         assert!(model.direct_logits(Rows::new(&directions, 2).unwrap()).is_err());
+    }
+}
+
+#[test]
+fn a_text_longer_than_the_learned_positions_is_refused() {
+    for (case, positions) in [("gpt2", 20), ("nanogpt", 24)] {
+        let (model, _) = model::load_weights(&golden(case)).unwrap();
+        let run = |n: usize| {
+            let ids = vec![1; n];
+            model.forward(TokenBatch::new(&ids, n).unwrap(), &mut NoTap, Until::Layer(0))
+        };
+        run(positions).unwrap();
+        let error = run(positions + 1).unwrap_err();
+        assert!(matches!(error, LmError::TooLong { context_length, .. } if context_length == positions));
     }
 }
 

@@ -16,8 +16,8 @@ use native::model::{self, Rayon};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use shared::lm::{
     Blueprint, BosHints, CandleOps, FloatFormat, Gguf, GgufTensor, LanguageModel, LmError, MlpActivation,
-    NoTap, NormKind, Qkv, RopeScaling, SafetensorsHeader, Serial, Splicer, Tap, TapAction, TensorSource,
-    TokenBatch, Tokenizer, Until, dequantise, nll,
+    NoTap, NormKind, Qkv, RopeScaling, SafetensorsHeader, Serial, Splicer, Steerer, Tap, TapAction, Taps,
+    TensorSource, TokenBatch, Tokenizer, Until, dequantise, nll,
 };
 use shared::{Rows, Site, TapPoint};
 
