@@ -12,6 +12,8 @@ use shared::{Precision, Rows};
 
 use crate::{files, model, progress};
 
+mod steer;
+
 /// Arguments of `lm`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -24,8 +26,9 @@ enum Command {
     /// Write every activation of given token sequences, for comparing with another program.
     ///
     /// Reads `input_ids` [batch, seq] (int64, int32 or uint32) and writes, in f32: `embed.0`, and for every layer L
-    /// `resid.L` (residual stream after the MLP was added), `mlp.L` (what the MLP adds to it) and `attn.L`
-    /// (concatenated heads before the output projection), each [batch, seq, width]; `logits` [batch, seq, vocab];
+    /// `resid.L` (residual stream after the MLP was added), `mlp.L` (what the MLP adds to it), `attn.L`
+    /// (concatenated heads before the output projection) and `mlp_in.L` (the residual stream normalised for the MLP,
+    /// without the norm's gain and bias), each [batch, seq, width]; `logits` [batch, seq, vocab];
     /// `nll` [batch, seq-1], −log p of each next token. No token is added: put the BOS token into `input_ids` if the
     /// model wants one.
     #[command(
@@ -35,9 +38,11 @@ enum Command {
     /// Mean next-token loss of a text, in nats per token.
     ///
     /// The text is cut into sequences; the first token of each is read but not predicted. The BOS token is put in
-    /// front of each sequence when the model wants one.
+    /// front of each sequence when the model wants one. With --steer the loss of the steered model is printed too.
     #[command(
-        after_help = "Example:\n  stratascope lm score --model SmolLM2-135M.gguf --text moby.txt --tokens 256"
+        after_help = "Examples:\n  stratascope lm score --model SmolLM2-135M.gguf --text moby.txt --tokens 256\n  \
+                      stratascope lm score --model SmolLM2-135M.gguf --text moby.txt --tokens 256 \\\n    \
+                      --steer run/sae --latent 42 --alpha 20"
     )]
     Score(ScoreArgs),
 }
@@ -75,9 +80,11 @@ struct ScoreArgs {
     /// Use only the first so many tokens of the text.
     #[arg(long)]
     tokens: Option<usize>,
-    /// Print JSON: {"mean_nll", "predicted_tokens", "tokens_per_second"}.
+    /// Print JSON: {"mean_nll", "predicted_tokens", "tokens_per_second"}, and "steered_mean_nll" with --steer.
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    steering: steer::SteerArgs,
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
@@ -172,10 +179,12 @@ fn score(args: &ScoreArgs) -> Result<()> {
     let mut ids = loaded.tokenizer.encode(&text)?;
     ids.truncate(args.tokens.unwrap_or(usize::MAX));
     ensure!(ids.len() > 1, "{} has {} token(s); at least 2 are needed", args.text.display(), ids.len());
+    let steering = args.steering.read(&loaded.model)?;
     let bos = loaded.tokenizer.bos().filter(|_| loaded.tokenizer.prepend_bos());
     let bar = progress::bar(ids.len() as u64, "score", "tokens");
     let started = std::time::Instant::now();
-    let (mut total, mut predicted, mut run) = (0f64, 0usize, 0usize);
+    let (mut total, mut steered, mut predicted, mut run) = (0f64, 0f64, 0usize, 0usize);
+    let sum = |losses: &[f32]| losses.iter().map(|&loss| f64::from(loss)).sum::<f64>();
     for sequences in ids.chunks(args.seq as usize * 8) {
         // Whole sequences go through together, the rest of the text by itself.
         let whole = sequences.len() / args.seq as usize * args.seq as usize;
@@ -188,7 +197,11 @@ fn score(args: &ScoreArgs) -> Result<()> {
                 piece.chunks(seq).flat_map(|s| bos.into_iter().chain(s.iter().copied())).collect();
             let batch = TokenBatch::new(&with_bos, seq + usize::from(bos.is_some()))?;
             let losses = loaded.model.forward_nll(batch, &mut NoTap)?;
-            total += losses.iter().map(|&loss| f64::from(loss)).sum::<f64>();
+            total += sum(&losses);
+            if let Some(steering) = &steering {
+                let mut tap = steering.tap(batch, &loaded.tokenizer);
+                steered += sum(&loaded.model.forward_nll(batch, &mut tap)?);
+            }
             predicted += losses.len();
             run += batch.n_tokens();
         }
@@ -197,12 +210,19 @@ fn score(args: &ScoreArgs) -> Result<()> {
     bar.finish_and_clear();
     ensure!(predicted > 0, "no token was predicted");
     let (mean, rate) = (total / predicted as f64, run as f64 / started.elapsed().as_secs_f64());
+    let steered = steering.map(|steering| (steering.describe(), steered / predicted as f64));
     if args.json {
-        let json =
+        let mut json =
             serde_json::json!({"mean_nll": mean, "predicted_tokens": predicted, "tokens_per_second": rate});
+        if let Some((_, steered)) = steered {
+            json["steered_mean_nll"] = steered.into();
+        }
         println!("{json}");
     } else {
         println!("mean next-token loss {mean:.5} nats over {predicted} tokens ({rate:.0} tokens/s)");
+        if let Some((what, steered)) = steered {
+            println!("steered              {steered:.5} nats ({:+.5}): {what}", steered - mean);
+        }
     }
     Ok(())
 }
