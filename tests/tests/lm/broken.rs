@@ -75,6 +75,87 @@ fn hostile_configurations_are_refused() {
 }
 
 #[test]
+fn configurations_of_every_family_are_checked() {
+    let refused = |case: &str, change: &dyn Fn(&mut serde_json::Value), what: &str| {
+        let mut config: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(golden(case).join("config.json")).unwrap()).unwrap();
+        change(&mut config);
+        let built = Blueprint::from_config(config.to_string().as_bytes())
+            .and_then(|blueprint| build(&blueprint, &mut Memory::read(case)).map(drop));
+        let error = built.unwrap_err().to_string();
+        assert!(error.contains(what), "{case}: {error}");
+    };
+    refused(
+        "gpt2",
+        &|c| c["model_type"] = "mamba".into(),
+        "gemma2, gemma3, gemma3_text, gpt2, gpt_neox, llama",
+    );
+    refused("gpt2", &|c| c["add_cross_attention"] = true.into(), "add_cross_attention");
+    refused("gpt2", &|c| c["n_positions"] = 21.into(), "transformer.wpe.weight");
+    refused("gpt2", &|c| c["n_inner"] = serde_json::Value::Null, "c_fc.weight: expected shape [24, 96]");
+    refused("gpt2", &|c| c["n_head"] = 0.into(), "n_head");
+    refused("gpt2", &|c| c["n_layer"] = 2.into(), "transformer.h.2.");
+    refused("nanogpt", &|c| c["block_size"] = serde_json::Value::Null, "block_size: missing");
+    refused("nanogpt", &|c| c["bias"] = true.into(), "c_attn.bias is missing");
+    refused("nanogpt-untied", &|c| c["bias"] = false.into(), "do not belong");
+    refused("nanogpt-untied", &|c| c["n_head"] = 5.into(), "shape");
+    refused("pythia", &|c| c["rotary_pct"] = 1.5.into(), "at most 1");
+    refused("pythia", &|c| c["rotary_pct"] = 0.4.into(), "pairs");
+    refused("pythia", &|c| c["attention_bias"] = false.into(), "do not belong");
+    refused("gemma3", &|c| c["sliding_window"] = serde_json::Value::Null, "sliding_window");
+    refused("gemma3", &|c| c["attn_logit_softcapping"] = 50.0.into(), "attn_logit_softcapping");
+    refused(
+        "gemma3",
+        &|c| c["rope_parameters"] = serde_json::json!({"rope_type": "default"}),
+        "full_attention",
+    );
+    refused("gemma3", &|c| c["sliding_window_pattern"] = 0.into(), "sliding_window_pattern");
+    refused("gemma3-images", &|c| c["text_config"] = 7.into(), "text_config");
+    refused(
+        "gemma3-images",
+        &|c| drop(c.as_object_mut().unwrap().remove("text_config")),
+        "text_config: missing",
+    );
+    refused("gemma3-images", &|c| c["model_type"] = "gemma3_text".into(), "missing");
+    refused("qwen3", &|c| c["model_type"] = "llama".into(), "norm.weight");
+    refused("mistral", &|c| c["sliding_window"] = "4096".into(), "sliding_window");
+}
+
+#[test]
+fn a_tokenizer_of_another_model_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(golden("qwen3").join(file), folder.path().join(file)).unwrap();
+    }
+    // The model has 59 rows; added tokens may lie beyond them.
+    let write = |words: usize, added: usize| {
+        let vocab: serde_json::Map<_, _> = (0..words).map(|i| (format!("w{i}"), i.into())).collect();
+        let added: Vec<_> = (0..added)
+            .map(|i| {
+                serde_json::json!({"id": words + i, "content": format!("<{i}>"), "single_word": false,
+                    "lstrip": false, "rstrip": false, "normalized": false, "special": true})
+            })
+            .collect();
+        let json = serde_json::json!({
+            "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "added_tokens": added,
+            "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": null, "decoder": null,
+            "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "w0"}
+        });
+        std::fs::write(folder.path().join("tokenizer.json"), json.to_string()).unwrap();
+        model::load(folder.path())
+    };
+    let error = write(60, 0).unwrap_err().to_string();
+    assert!(error.contains("60 tokens") && error.contains("only 59"), "{error}");
+    let loaded = write(59, 1).unwrap();
+    let run = |text: &str| {
+        let ids = loaded.tokenizer.encode(text).unwrap();
+        loaded.model.forward_nll(TokenBatch::new(&ids, ids.len()).unwrap(), &mut NoTap)
+    };
+    assert_eq!(run("w3 w58 w1").unwrap().len(), 2);
+    assert!(matches!(run("w3 <0> w1"), Err(LmError::TokenId { id: 59, position: 1, vocab_size: 59 })));
+}
+
+#[test]
 fn hostile_safetensors_are_refused() {
     let values = [1.0f32, 2.0, 3.0, 4.0];
     let view = TensorView::new(Dtype::F32, vec![2, 2], bytemuck_bytes(&values)).unwrap();

@@ -4,9 +4,9 @@ use super::*;
 
 /// Writes GGUF files, for tests only.
 #[derive(Default)]
-struct GgufWriter {
+pub(super) struct GgufWriter {
     keys: Vec<Vec<u8>>,
-    tensors: Vec<(String, Vec<usize>, Vec<f32>)>,
+    pub(super) tensors: Vec<(String, Vec<usize>, Vec<f32>)>,
 }
 
 impl GgufWriter {
@@ -15,7 +15,7 @@ impl GgufWriter {
         out.extend(text.as_bytes());
     }
 
-    fn key(&mut self, key: &str, kind: u32, value: &[u8]) -> &mut Self {
+    pub(super) fn key(&mut self, key: &str, kind: u32, value: &[u8]) -> &mut Self {
         let mut bytes = Vec::new();
         Self::text(&mut bytes, key);
         bytes.extend(kind.to_le_bytes());
@@ -24,24 +24,24 @@ impl GgufWriter {
         self
     }
 
-    fn string(&mut self, key: &str, value: &str) -> &mut Self {
+    pub(super) fn string(&mut self, key: &str, value: &str) -> &mut Self {
         let mut bytes = Vec::new();
         Self::text(&mut bytes, value);
         self.key(key, 8, &bytes)
     }
 
-    fn number(&mut self, key: &str, value: usize) -> &mut Self {
+    pub(super) fn number(&mut self, key: &str, value: usize) -> &mut Self {
         self.key(key, 4, &u32::try_from(value).unwrap().to_le_bytes())
     }
 
-    fn strings(&mut self, key: &str, values: &[&str]) -> &mut Self {
+    pub(super) fn strings(&mut self, key: &str, values: &[&str]) -> &mut Self {
         let mut bytes = 8u32.to_le_bytes().to_vec();
         bytes.extend((values.len() as u64).to_le_bytes());
         values.iter().for_each(|value| Self::text(&mut bytes, value));
         self.key(key, 9, &bytes)
     }
 
-    fn bytes(&self) -> Vec<u8> {
+    pub(super) fn bytes(&self) -> Vec<u8> {
         let mut out = b"GGUF".to_vec();
         out.extend(3u32.to_le_bytes());
         out.extend((self.tensors.len() as u64).to_le_bytes());
@@ -238,6 +238,18 @@ fn hostile_ggufs_are_refused() {
     assert!(parse(&twice.bytes()).is_err());
 }
 
+/// A tensor of one block in the number format of this number, whose blocks hold `values` in `size` bytes.
+pub(super) fn kind(number: u32, values: usize, size: usize) -> GgufTensor {
+    let mut writer = GgufWriter::default();
+    writer.tensors.push(("x".to_owned(), vec![values], vec![0.0; size.div_ceil(4)]));
+    let mut file = writer.bytes();
+    let at = file.windows(9).position(|w| w == b"\x01\0\0\0\0\0\0\0x").unwrap() + 9 + 4 + 8;
+    file[at..at + 4].copy_from_slice(&number.to_le_bytes());
+    let tensor = Gguf::parse(file.as_slice(), file.len() as u64).unwrap().tensors()["x"].clone();
+    assert_eq!(tensor.len, size);
+    tensor
+}
+
 #[test]
 fn quantised_blocks_are_read_as_their_format_says() {
     let half = |x: f32| {
@@ -245,29 +257,20 @@ fn quantised_blocks_are_read_as_their_format_says() {
         if x == 1.5 { 0x3E00u16.to_le_bytes() } else { 0x3400u16.to_le_bytes() }
     };
     let nibbles: Vec<u8> = (0..16).map(|i| (i as u8) | ((15 - i as u8) << 4)).collect();
-    let kind = |number: u32, bytes: usize| {
-        let mut writer = GgufWriter::default();
-        writer.tensors.push(("x".to_owned(), vec![32], vec![0.0; bytes.div_ceil(4)]));
-        let mut file = writer.bytes();
-        let at = file.windows(9).position(|w| w == b"\x01\0\0\0\0\0\0\0x").unwrap() + 9 + 4 + 8;
-        file[at..at + 4].copy_from_slice(&number.to_le_bytes());
-        Gguf::parse(file.as_slice(), file.len() as u64).unwrap().tensors()["x"].clone()
-    };
     let values = |kind, bytes: &[u8], n| {
         let mut values = vec![0.0; n];
         dequantise(kind, bytes, &mut values).map(|()| values)
     };
-    let q4_1 = kind(3, 20);
-    assert_eq!(q4_1.len, 20);
+    let q4_1 = kind(3, 32, 20).kind;
     let bytes = [&half(1.5)[..], &half(0.25), &nibbles].concat();
     let wanted: Vec<f32> = (0..16).chain((0..16).rev()).map(|q| q as f32 * 1.5 + 0.25).collect();
-    assert_eq!(values(q4_1.kind, &bytes, 32).unwrap(), wanted);
-    let q4_0 = kind(2, 18);
+    assert_eq!(values(q4_1, &bytes, 32).unwrap(), wanted);
+    let q4_0 = kind(2, 32, 18).kind;
     let wanted: Vec<f32> = (0..16).chain((0..16).rev()).map(|q| (q as f32 - 8.0) * 1.5).collect();
-    assert_eq!(values(q4_0.kind, &[&half(1.5)[..], &nibbles].concat(), 32).unwrap(), wanted);
-    let q8_0 = kind(8, 34);
+    assert_eq!(values(q4_0, &[&half(1.5)[..], &nibbles].concat(), 32).unwrap(), wanted);
+    let q8_0 = kind(8, 32, 34).kind;
     let bytes: Vec<u8> = half(0.25).into_iter().chain((0..32).map(|i| (i - 16) as i8 as u8)).collect();
     let wanted: Vec<f32> = (0..32).map(|i| (i - 16) as f32 * 0.25).collect();
-    assert_eq!(values(q8_0.kind, &bytes, 32).unwrap(), wanted);
-    assert!(values(q8_0.kind, &bytes[1..], 32).is_err() && values(q8_0.kind, &bytes, 31).is_err());
+    assert_eq!(values(q8_0, &bytes, 32).unwrap(), wanted);
+    assert!(values(q8_0, &bytes[1..], 32).is_err() && values(q8_0, &bytes, 31).is_err());
 }

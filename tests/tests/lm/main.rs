@@ -1,11 +1,13 @@
 //! The transformer against goldens from transformers (`golden/lm/make_lm_golden.py`), against impostors that must
 //! be told apart from it, and against broken files.
 //!
-//! This file holds what the tests share; `agreement` compares, `broken` damages, `gguf` reads the other format.
+//! This file holds what the tests share; `agreement` compares, `broken` damages, `gguf` reads the other format,
+//! `gemma_gguf` what it holds of Gemma.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests assert by panicking")]
 
 mod agreement;
 mod broken;
+mod gemma_gguf;
 mod gguf;
 
 use std::collections::BTreeMap;

@@ -69,3 +69,60 @@ impl Steering {
         format!("{} times a direction of length {length:.3} added at {}", self.alpha, self.point)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model;
+    use crate::sae_files::{SaeFile, SaeFormat};
+    use shared::format::SaeMetadata;
+    use shared::{Activation, Sae, SaeParts};
+    use std::path::Path;
+
+    fn sae(d: usize, tap: Option<&str>) -> SaeFile {
+        let parts = SaeParts {
+            d_in: d,
+            d_out: d,
+            w_enc: vec![0.5; 2 * d],
+            b_enc: vec![0.0; 2],
+            w_dec: (0..2 * d).map(|i| i as f32).collect(),
+            b_dec: vec![0.0; d],
+            activation: Activation::JumpRelu { threshold: vec![1.0; 2] },
+        };
+        let metadata = SaeMetadata { tap: tap.map(|t| t.parse().unwrap()), ..SaeMetadata::default() };
+        SaeFile { sae: Sae::new(parts).unwrap(), metadata }
+    }
+
+    #[test]
+    fn steering_takes_the_latents_direction_and_the_autoencoders_tap() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/lm/llama");
+        let (model, _) = model::load_weights(&golden).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("sae");
+        let d = model.spec().d_model;
+        sae_files::write(&path, SaeFormat::SaeLens, &sae(d, Some("resid.1"))).unwrap();
+        let args = |latent, alpha, at: Option<&str>| SteerArgs {
+            steer: Some(path.clone()),
+            latent: Some(latent),
+            alpha: Some(alpha),
+            at: at.map(|t| t.parse().unwrap()),
+        };
+        let steering = args(1, -2.5, None).read(&model).unwrap().unwrap();
+        assert_eq!((steering.point.to_string().as_str(), steering.alpha), ("resid.1", -2.5));
+        assert_eq!(steering.direction, (d..2 * d).map(|i| i as f32).collect::<Vec<_>>());
+        let steering = args(0, 1.0, Some("mlp_in.2")).read(&model).unwrap().unwrap();
+        assert_eq!(steering.point.to_string(), "mlp_in.2");
+        let refused = |args: SteerArgs, what: &str| {
+            let error = format!("{:#}", args.read(&model).unwrap_err());
+            assert!(error.contains(what), "{error}");
+        };
+        refused(args(2, 1.0, None), "latents 0..=1");
+        refused(args(0, f32::NAN, None), "finite");
+        refused(args(0, 1.0, Some("resid.3")), "layers 0..=2");
+        refused(args(0, 1.0, Some("attn.0")), "attn.0 has 36");
+        sae_files::write(&path, SaeFormat::SaeLens, &sae(d, None)).unwrap();
+        refused(args(0, 1.0, None), "--at");
+        let nothing = SteerArgs { steer: None, latent: None, alpha: None, at: None };
+        assert!(nothing.read(&model).unwrap().is_none());
+    }
+}
