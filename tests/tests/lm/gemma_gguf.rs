@@ -1,6 +1,6 @@
 //! Gemma in GGUF files: the same model as its folder, its SentencePiece tokenizer, and the quantised formats.
 
-use super::gguf::GgufWriter;
+use super::gguf::{GgufWriter, kind as gguf_kind};
 use super::*;
 
 const D: usize = 12;
@@ -60,7 +60,7 @@ fn tensors(architecture: &str) -> Vec<(String, String, Vec<usize>, Vec<f32>)> {
     named
         .into_iter()
         .map(|(folder, gguf, shape)| {
-            let values = (0..shape.iter().product()).map(|_| next() * 0.5).collect();
+            let values = (0..shape.iter().product::<usize>()).map(|_| next() * 0.5).collect();
             (format!("{folder}.weight"), format!("{gguf}.weight"), shape, values)
         })
         .collect()
@@ -244,7 +244,7 @@ fn every_quantised_format_gives_the_values_of_its_authors() {
         let blocks = file.tensor(&format!("{name}.bytes")).unwrap().data().to_vec();
         let wanted = decode(FloatFormat::F32, file.tensor(&format!("{name}.values")).unwrap().data());
         assert_eq!((wanted.len(), blocks.len()), (512, 512 / values * size), "{name}");
-        let kind = super::gguf::kind(number, values, size).kind;
+        let kind = gguf_kind(number, values, size).kind;
         let mut found = vec![0.0; wanted.len()];
         dequantise(kind, &blocks, &mut found).unwrap();
         assert!(found.iter().all(|x| x.is_finite()) && found.iter().any(|x| *x != 0.0));
