@@ -252,7 +252,6 @@ pub(crate) struct Left<'a> {
 
 impl Left<'_> {
     /// Times one panel of `width` columns, of which `valid` exist in `out`.
-    #[expect(clippy::too_many_arguments, reason = "the operands of a product")]
     pub(crate) fn times(
         &self,
         kernel: Kernel,

@@ -7,9 +7,10 @@ use candle_core::{Device, Storage, Tensor};
 use crate::Rows;
 
 use super::kernels::{self, vectorised};
-use super::ops::{Affine, Heads, Ops, QkNorm};
-use super::products::{CandleProducts, Packed, Products, QueryKeyValue};
-use super::{LmError, MlpActivation, NormKind, Parallel};
+use super::ops::{Affine, Heads, Ops, Projection, QkNorm};
+use super::packed::{Buffers, Matrix};
+use super::products::{CandleProducts, Products};
+use super::{LmError, MlpActivation, MlpSpec, NormKind, Parallel};
 
 mod inplace;
 
@@ -23,17 +24,10 @@ const QUERY_TILE: usize = 128;
 /// Candle on the CPU in f32; elementwise blocks run on the given [`Parallel`].
 #[derive(Clone)]
 pub struct CandleOps {
-    parallel: Arc<dyn Parallel>,
-    products: Arc<dyn Products>,
-}
-
-/// A weight matrix: candle's, or whatever the injected [`Products`] made of it.
-#[derive(Debug)]
-pub enum Matrix {
-    /// A tensor `[out, in]`.
-    Dense(Tensor),
-    /// Packed.
-    Packed(Box<dyn Packed>),
+    pub(super) parallel: Arc<dyn Parallel>,
+    pub(super) products: Arc<dyn Products>,
+    /// Working memory, used again and again: fresh memory costs more than what is done with it.
+    pub(super) buffers: Arc<Buffers>,
 }
 
 impl std::fmt::Debug for CandleOps {
@@ -60,11 +54,11 @@ impl CandleOps {
     /// As [`CandleOps::new`], with matrix products and attention by `products` where it takes them.
     #[must_use]
     pub fn with_products(parallel: Arc<dyn Parallel>, products: Arc<dyn Products>) -> Self {
-        Self { parallel, products }
+        Self { parallel, products, buffers: Arc::default() }
     }
 
     /// Fills `n_rows` rows of `width` from pieces of about 16k values: `fill(first_row, piece)`.
-    fn build(
+    pub(super) fn build(
         &self,
         n_rows: usize,
         width: usize,
@@ -88,10 +82,10 @@ impl CandleOps {
         (first, group): (usize, usize),
         gain: Option<(&[f32], f32)>,
         rope: Option<&RopeTable>,
-    ) -> Result<Tensor, LmError> {
+    ) -> Vec<f32> {
         let (d, width, kv) = (heads.head_dim, heads.qkv_width(), heads.n_kv_heads);
         let batch = qkv.len() / width / seq;
-        let mut out = vec![0f32; batch * kv * seq * group * d];
+        let mut out = self.buffers.take(batch * kv * seq * group * d);
         self.parallel.for_each_piece(&mut out, seq * group * d, &|i, piece| {
             let (sequence, head) = (i / kv, first + (i % kv) * group);
             vectorised(|| {
@@ -116,33 +110,19 @@ impl CandleOps {
                 }
             });
         });
-        Ok(Tensor::from_vec(out, (batch * kv, seq * group, d), &Device::Cpu)?)
+        out
     }
 }
 
-impl CandleOps {
-    /// Attention by the injected products, if they do it.
-    fn attend(&self, heads: &Heads, seq: usize, qkv: [&Tensor; 3]) -> Result<Option<Tensor>, LmError> {
-        let [q, k, v] = qkv;
-        let (n, width) = (q.elem_count(), heads.n_heads * heads.head_dim);
-        let mut out = vec![0f32; n];
-        let done = with_values(q, |queries| {
-            with_values(k, |keys| {
-                with_values(v, |values| {
-                    self.products.attend(heads, seq, QueryKeyValue { queries, keys, values }, &mut out)
-                })
-            })
-        })?;
-        Ok(if done { Some(Tensor::from_vec(out, (n / width, width), &Device::Cpu)?) } else { None })
-    }
-}
-
-fn rows_per_piece(width: usize) -> usize {
+pub(super) fn rows_per_piece(width: usize) -> usize {
     (16_384 / width.max(1)).max(1)
 }
 
 /// Shows the values of a contiguous CPU tensor.
-fn with_values<T>(x: &Tensor, see: impl FnOnce(&[f32]) -> Result<T, LmError>) -> Result<T, LmError> {
+pub(super) fn with_values<T>(
+    x: &Tensor,
+    see: impl FnOnce(&[f32]) -> Result<T, LmError>,
+) -> Result<T, LmError> {
     let (storage, layout) = x.storage_and_layout();
     match &*storage {
         Storage::Cpu(values) => see(contiguous(values, layout)?),
@@ -200,15 +180,7 @@ impl Ops for CandleOps {
     fn embed(&self, table: &Matrix, ids: &[u32], scale: f32) -> Result<Tensor, LmError> {
         let table = match table {
             Matrix::Dense(table) => table,
-            Matrix::Packed(table) => {
-                let width = table.n_in();
-                return self.build(ids.len(), width, |first, piece| {
-                    for (out, &id) in piece.chunks_exact_mut(width).zip(&ids[first..]) {
-                        table.row(id as usize, out);
-                        out.iter_mut().for_each(|x| *x *= scale);
-                    }
-                });
-            }
+            Matrix::Packed(table) => return self.embed_packed(&**table, ids, scale),
         };
         let (_, width) = table.dims2()?;
         with_values(table, |table| {
@@ -259,15 +231,11 @@ impl Ops for CandleOps {
     }
 
     fn linear(&self, x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Result<Tensor, LmError> {
-        let out = match weight {
-            Matrix::Dense(weight) => x.matmul(&weight.t()?)?,
-            Matrix::Packed(weight) => with_values(x, |x| {
-                let n_rows = x.len() / weight.n_in().max(1);
-                let mut out = vec![0f32; n_rows * weight.n_out()];
-                weight.product(x, &mut out, false)?;
-                Ok(Tensor::from_vec(out, (n_rows, weight.n_out()), &Device::Cpu)?)
-            })?,
+        let weight = match weight {
+            Matrix::Dense(weight) => weight,
+            Matrix::Packed(weight) => return self.linear_packed(x, &**weight, bias),
         };
+        let out = x.matmul(&weight.t()?)?;
         if let Some(bias) = bias {
             out.inplace_op2(bias, &AddInPlace(&*self.parallel))?;
         }
@@ -287,20 +255,23 @@ impl Ops for CandleOps {
         let group = n_heads / kv;
         let turned = |values: &[f32], which, gain: Option<&Tensor>| match (gain, &qk_norm) {
             (Some(gain), Some(norm)) => with_values(gain, |gain| {
-                self.heads(values, heads, seq, which, Some((gain, norm.eps)), Some(rope))
+                Ok(self.heads(values, heads, seq, which, Some((gain, norm.eps)), Some(rope)))
             }),
-            _ => self.heads(values, heads, seq, which, None, Some(rope)),
+            _ => Ok(self.heads(values, heads, seq, which, None, Some(rope))),
         };
         let (q, k, v) = with_values(qkv, |values| {
             Ok((
                 turned(values, (0, group), qk_norm.as_ref().map(|norm| norm.query))?,
                 turned(values, (n_heads, 1), qk_norm.as_ref().map(|norm| norm.key))?,
-                self.heads(values, heads, seq, (n_heads + kv, 1), None, None)?,
+                self.heads(values, heads, seq, (n_heads + kv, 1), None, None),
             ))
         })?;
         if let Some(out) = self.attend(heads, seq, [&q, &k, &v])? {
+            [q, k, v].into_iter().for_each(|buffer| self.buffers.give(buffer));
             return Ok(out);
         }
+        let tensor = |x: Vec<f32>, n| Tensor::from_vec(x, (batch * kv, n, heads.head_dim), &Device::Cpu);
+        let (q, k, v) = (tensor(q, seq * group)?, tensor(k, seq)?, tensor(v, seq)?);
         let out = Tensor::zeros((n_rows, n_heads * heads.head_dim), candle_core::DType::F32, &Device::Cpu)?;
         let parallel = &*self.parallel;
         let affordable = MAX_SCORES / (batch * n_heads * seq).max(1);
@@ -340,6 +311,22 @@ impl Ops for CandleOps {
     fn activate(&self, x: Tensor, activation: MlpActivation) -> Result<Tensor, LmError> {
         x.inplace_op1(&Activate(&*self.parallel, activation))?;
         Ok(x)
+    }
+
+    fn mlp(
+        &self,
+        x: &Tensor,
+        (up, up_bias): Projection<'_, Self>,
+        (down, down_bias): Projection<'_, Self>,
+        mlp: &MlpSpec,
+    ) -> Result<Tensor, LmError> {
+        if let (Matrix::Packed(up), Matrix::Packed(down)) = (up, down) {
+            return self.mlp_packed(x, (&**up, up_bias), (&**down, down_bias), mlp);
+        }
+        let up = self.linear(x, up, up_bias)?;
+        let inner =
+            if mlp.gated { self.gated(&up, mlp.activation)? } else { self.activate(up, mlp.activation)? };
+        self.linear(&inner, down, down_bias)
     }
 
     fn add(&self, x: Tensor, y: &Tensor) -> Result<Tensor, LmError> {

@@ -235,12 +235,9 @@ impl<O: Ops> Decoder<O> {
         h: &O::Rows,
         tap: &mut dyn Tap,
     ) -> Result<O::Rows, LmError> {
-        let (ops, mlp) = (&self.ops, &self.spec.mlp);
         let x = self.mlp_input(block, TapPoint::new(Site::MlpIn, layer), h, tap)?;
-        let up = ops.linear(&x, &block.up.weight, block.up.bias.as_ref())?;
-        let inner =
-            if mlp.gated { ops.gated(&up, mlp.activation)? } else { ops.activate(up, mlp.activation)? };
-        let out = ops.linear(&inner, &block.down.weight, block.down.bias.as_ref())?;
+        let [up, down] = [&block.up, &block.down].map(|linear| (&linear.weight, linear.bias.as_ref()));
+        let out = self.ops.mlp(&x, up, down, &self.spec.mlp)?;
         let out = self.post_norm(block.post_mlp.as_ref(), out)?;
         self.tapped(tap, TapPoint::new(Site::Mlp, layer), out)
     }

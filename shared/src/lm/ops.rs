@@ -4,7 +4,7 @@
 
 use crate::Rows;
 
-use super::{LmError, MlpActivation, NormKind};
+use super::{LmError, MlpActivation, MlpSpec, NormKind};
 
 /// The geometry of one attention block.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -57,6 +57,9 @@ pub struct QkNorm<'a, V> {
     /// Added to the mean square.
     pub eps: f32,
 }
+
+/// A weight matrix and its bias, if it has one.
+pub type Projection<'a, O> = (&'a <O as Ops>::Matrix, Option<&'a <O as Ops>::Vector>);
 
 /// The building blocks of a decoder. Activations are rows `[n, width]`; matrices are `[out, in]`, row-major.
 pub trait Ops {
@@ -155,6 +158,23 @@ pub trait Ops {
     /// # Errors
     /// The backend's own.
     fn activate(&self, x: Self::Rows, activation: MlpActivation) -> Result<Self::Rows, LmError>;
+
+    /// A whole MLP: up (and gate), activation, down. Backends that keep what lies between in cache do it in one.
+    ///
+    /// # Errors
+    /// The backend's own.
+    fn mlp(
+        &self,
+        x: &Self::Rows,
+        up: Projection<'_, Self>,
+        down: Projection<'_, Self>,
+        mlp: &MlpSpec,
+    ) -> Result<Self::Rows, LmError> {
+        let up = self.linear(x, up.0, up.1)?;
+        let inner =
+            if mlp.gated { self.gated(&up, mlp.activation)? } else { self.activate(up, mlp.activation)? };
+        self.linear(&inner, down.0, down.1)
+    }
 
     /// `x + y`, taking `x`'s place.
     ///

@@ -2,13 +2,14 @@
 //! be told apart from it, and against broken files.
 //!
 //! This file holds what the tests share; `agreement` compares, `broken` damages, `gguf` reads the other format,
-//! `gemma_gguf` what it holds of Gemma.
+//! `gemma_gguf` what it holds of Gemma, `precision` runs in fewer bits.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests assert by panicking")]
 
 mod agreement;
 mod broken;
 mod gemma_gguf;
 mod gguf;
+mod precision;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
