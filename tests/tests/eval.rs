@@ -99,7 +99,7 @@ fn write(path: &Path, tensors: &[(&str, &str, Vec<usize>, &[u8])]) -> FileInfo {
     let bytes = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &data].concat();
     fs::create_dir_all(path.parent().unwrap()).unwrap();
     fs::write(path, &bytes).unwrap();
-    FileInfo { bytes: bytes.len() as u64, sha256: sha256(&bytes) }
+    FileInfo { bytes: bytes.len() as u64, sha256: sha256(&bytes), crc64: None }
 }
 
 fn bytes_of<T: Copy, const N: usize>(values: &[T], bytes: fn(T) -> [u8; N]) -> Vec<u8> {

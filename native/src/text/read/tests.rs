@@ -181,7 +181,7 @@ fn arrow_batches() -> Vec<arrow_array::RecordBatch> {
             ("named", Arc::new(rows.iter().copied().collect::<DictionaryArray<Int8Type>>())),
             ("ids", Arc::new(lists.finish())),
         ];
-        RecordBatch::try_from_iter(columns.into_iter().map(|(name, c)| (name, c))).unwrap()
+        RecordBatch::try_from_iter(columns).unwrap()
     };
     vec![batch(&[Some("one"), None, Some("")]), batch(&[]), batch(&[Some("a text longer than twelve bytes")])]
 }
