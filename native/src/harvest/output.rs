@@ -165,6 +165,8 @@ impl Output {
     /// that a store in a bucket was worked on in.
     pub(super) fn clean(&self) -> Result<()> {
         if !self.is_ours() {
+            // An empty folder is what a kill at the very end leaves of ours; one that is not empty stays.
+            let _ = fs::remove_dir(self.folder.join(PARTIAL));
             return Ok(());
         }
         let (mut old, mut folders) = (vec![PARTIAL_MANIFEST], vec![PARTIAL]);
@@ -172,16 +174,29 @@ impl Output {
             old.extend([MANIFEST, CONFIG]);
             folders.extend(Split::ALL.map(Split::folder));
         }
-        // The state goes first and the lock with the last: a kill in between leaves a folder that is known as ours.
+        // The state goes first, and last the note of whose the folder is: after a kill in between it is still known as ours.
         folders.reverse();
         for path in old.into_iter().map(|name| self.folder.join(name)).filter(|path| path.exists()) {
             fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
         }
         for path in folders.into_iter().map(|name| self.folder.join(name)).filter(|path| path.exists()) {
-            fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+            remove(&path).with_context(|| format!("cannot remove {}", path.display()))?;
         }
         Ok(())
     }
+}
+
+/// Removes a folder with everything in it, [`TARGET`] last.
+fn remove(folder: &Path) -> std::io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            fs::remove_dir_all(entry.path())?;
+        } else if entry.file_name() != TARGET {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    fs::remove_dir_all(folder)
 }
 
 /// The finished shards: their names in the store, and what they are.

@@ -190,3 +190,71 @@ fn all(piece: &str, kind: impl Fn(char) -> bool) -> bool {
     let piece = piece.trim();
     !piece.is_empty() && piece.chars().all(kind)
 }
+
+#[cfg(test)]
+mod tests {
+    use shared::lm::BosHints;
+
+    use super::*;
+
+    const WORDS: [&str; 8] = ["<bos>", "<|endoftext|>", "the", "42", "-7", "!?", "\n\n", "a1"];
+
+    /// Words by number, the first two of them special.
+    fn tokenizer(prepend: bool) -> Tokenizer {
+        let vocabulary: serde_json::Map<_, _> =
+            WORDS.iter().zip(0..).map(|(word, id)| ((*word).to_owned(), serde_json::json!(id))).collect();
+        let special = |id: usize| {
+            serde_json::json!({
+                "id": id, "content": WORDS[id], "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": true,
+            })
+        };
+        let json = serde_json::json!({
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": [special(0), special(1)],
+            "normalizer": null, "pre_tokenizer": null, "post_processor": null, "decoder": null,
+            "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "the"},
+        });
+        let hints = BosHints { token: Some("<bos>".to_owned()), id: None, prepend: Some(prepend) };
+        Tokenizer::from_json(json.to_string().as_bytes(), &hints).unwrap()
+    }
+
+    fn info(prepend: bool, change: impl FnOnce(&mut HarvestConfig)) -> Result<TokenizerInfo> {
+        let mut config = HarvestConfig::default();
+        change(&mut config);
+        tokenizer_info(&tokenizer(prepend), &config)
+    }
+
+    #[test]
+    fn what_begins_a_sequence_and_what_stands_between_documents() {
+        let bos = |prepend, bos: &str| info(prepend, |c| c.bos = bos.to_owned()).map(|info| info.bos);
+        assert_eq!(bos(true, "auto").unwrap(), Some(0));
+        assert_eq!(bos(false, "auto").unwrap(), None);
+        assert_eq!(bos(false, "always").unwrap(), Some(0));
+        assert_eq!(bos(true, "none").unwrap(), None);
+        assert_eq!(bos(true, "<|endoftext|>").unwrap(), Some(1));
+        assert!(
+            bos(true, "the").unwrap_err().to_string().contains("<bos>"),
+            "an ordinary token begins nothing"
+        );
+        let separator = |text: &str| info(true, |c| c.separator = text.to_owned()).map(|info| info.separator);
+        assert_eq!(separator("auto").unwrap(), Some(1));
+        assert_eq!(separator("none").unwrap(), None);
+        assert_eq!(separator("<bos>").unwrap(), Some(0));
+        assert!(separator("<eos>").unwrap_err().to_string().contains("separator"));
+    }
+
+    #[test]
+    fn tokens_are_dropped_by_class_by_text_and_by_number() {
+        let dropped = |classes: &[&str]| {
+            let classes = classes.iter().map(|class| (*class).to_owned()).collect();
+            info(true, |c| c.drop_tokens = classes).map(|info| info.dropped_ids)
+        };
+        assert_eq!(dropped(&["special"]).unwrap(), [0u32; 0]);
+        assert_eq!(dropped(&["digits"]).unwrap(), [3]);
+        assert_eq!(dropped(&["punctuation", "whitespace"]).unwrap(), [5, 6]);
+        assert_eq!(dropped(&["text:a1", "id:2", "special"]).unwrap(), [2, 7]);
+        for (class, word) in [("letters", "letters"), ("text:zebra", "zebra"), ("id:8", "below 8")] {
+            assert!(dropped(&[class]).unwrap_err().to_string().contains(word), "{class}");
+        }
+    }
+}

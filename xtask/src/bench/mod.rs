@@ -3,6 +3,7 @@
 //! This file owns the list of benches; one file holds one bench, `worker` talks to the programs that take turns.
 
 mod harvest;
+mod store;
 mod worker;
 
 use anyhow::Result;
@@ -25,11 +26,16 @@ enum Bench {
     /// cores. With --peer-python also Hugging Face transformers on the same tokens, in turn with ours; the last lines are
     /// then `ratio NAME X.XX`, our tokens/s over its. A figure is that of the best round.
     Harvest(harvest::Args),
+    /// Reading the shards of a store, checksums included, beside a plain reading of the same bytes.
+    ///
+    /// The last lines are `ratio store-read-TYPE-HOW X.XX`, our speed over the plain one's.
+    Store,
 }
 
 /// Runs one bench.
 pub(crate) fn run(places: &Places, args: &Args) -> Result<()> {
     match &args.bench {
         Bench::Harvest(args) => harvest::run(places, args),
+        Bench::Store => store::run(places),
     }
 }
