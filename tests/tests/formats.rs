@@ -1,12 +1,15 @@
 //! Weight files other programs wrote, files we write, and files nobody should trust.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests assert by panicking")]
 
+use std::fs;
 use std::io::Cursor;
+use std::path::{Path, PathBuf};
 
 use conformance::{compare, golden};
 use native::sae_files::{self, SaeFile, SaeFormat};
-use shared::format::{gemma_scope, saelens};
-use shared::{Rows, reference};
+use shared::format::tensors::TensorFile;
+use shared::format::{dictionary_learning, gemma_scope, openai, saelens};
+use shared::{Activation, Rows, Sae, reference};
 
 const ARCHIVES: [(&str, &[u8]); 4] = [
     ("stored", include_bytes!("../golden/sae/stored.npz")),
@@ -32,6 +35,115 @@ fn folders_of_saelens_are_read_with_their_metadata() {
         assert_eq!(metadata.context_size, Some(128), "{}", folder.name);
         assert_eq!(metadata.prepend_bos, Some(true), "{}", folder.name);
         assert_eq!(sae.dims().n_latents, 31);
+    }
+}
+
+/// Folders of other programs, with what those compute from them.
+const PEERS: [(&str, &str); 8] = [
+    ("dictionary_learning_AutoEncoder", ""),
+    ("dictionary_learning_AutoEncoderNew", ""),
+    ("dictionary_learning_GatedAutoEncoder", ""),
+    ("dictionary_learning_JumpReluAutoEncoder", ""),
+    ("dictionary_learning_AutoEncoderTopK", ""),
+    ("dictionary_learning_BatchTopKSAE", ""),
+    ("dictionary_learning_MatryoshkaBatchTopKSAE", ""),
+    ("openai", "3.pt"),
+];
+
+/// What the peer computed: `x`, `features`, `reconstruction`.
+struct Expected {
+    x: Vec<f32>,
+    features: Vec<f32>,
+    reconstruction: Vec<f32>,
+}
+
+fn peers() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/sae/peers")
+}
+
+fn expected(name: &str) -> Expected {
+    let bytes = fs::read(peers().join(name).join("expected.safetensors")).unwrap();
+    let file = TensorFile::open(name, &bytes).unwrap();
+    let data = |tensor: &str| file.read(tensor).unwrap().data;
+    Expected { x: data("x"), features: data("features"), reconstruction: data("reconstruction") }
+}
+
+fn compute(file: &SaeFile, expected: &Expected) -> Result<(), String> {
+    let rows = Rows::new(&expected.x, file.sae.dims().d_in).unwrap();
+    let codes = reference::encode(&file.sae, rows).unwrap();
+    let close =
+        |wanted: &[f32], found: &[f32]| compare::close(wanted, found, 1e-5).map_err(|e| e.to_string());
+    close(&expected.features, &codes.to_dense()).map(drop)?;
+    close(&expected.reconstruction, &reference::decode(&file.sae, &codes).unwrap()).map(drop)
+}
+
+#[test]
+fn files_of_other_programs_compute_what_those_compute() {
+    for (name, inside) in PEERS {
+        let file = sae_files::read(&peers().join(name).join(inside)).unwrap();
+        compute(&file, &expected(name)).unwrap_or_else(|e| panic!("{name}: {e}"));
+        if name.starts_with("dictionary_learning") {
+            assert_eq!(file.metadata.tap.unwrap().to_string(), "resid.3", "{name}");
+            assert_eq!(file.metadata.context_size, Some(128), "{name}");
+        }
+    }
+}
+
+#[test]
+fn every_format_holds_what_it_says_it_holds() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, inside) in PEERS {
+        let file = sae_files::read(&peers().join(name).join(inside)).unwrap();
+        for format in SaeFormat::ALL {
+            let path = folder.path().join(name).join(format!("{format:?}"));
+            match sae_files::write(&path, format, &file) {
+                Ok(()) => {
+                    let again = sae_files::read(&path).unwrap();
+                    compute(&again, &expected(name)).unwrap_or_else(|e| panic!("{name} as {format:?}: {e}"));
+                }
+                Err(error) => {
+                    assert!(!holds(format, &file.sae), "{name} as {format:?}: {error:#}");
+                    assert!(!path.exists(), "{name} as {format:?} left something");
+                }
+            }
+        }
+    }
+}
+
+/// Which activations a format can say, for equal widths.
+fn holds(format: SaeFormat, sae: &Sae) -> bool {
+    let relu = *sae.activation() == Activation::Relu;
+    let top_k = matches!(sae.activation(), Activation::TopK { .. });
+    match format {
+        SaeFormat::SaeLens | SaeFormat::DictionaryLearning => true,
+        SaeFormat::GemmaScope => !top_k,
+        SaeFormat::OpenAi => relu,
+    }
+}
+
+#[test]
+fn damaged_torch_files_never_panic() {
+    for (name, file) in [("dictionary_learning_BatchTopKSAE", "ae.pt"), ("openai", "3.pt")] {
+        let bytes = fs::read(peers().join(name).join(file)).unwrap();
+        let config = br#"{"trainer": {"dict_class": "BatchTopKSAE"}}"#;
+        let read = |bytes: &[u8]| {
+            if name == "openai" {
+                openai::read(Cursor::new(bytes))
+            } else {
+                dictionary_learning::read(Some(config), Cursor::new(bytes)).map(|(sae, _)| sae)
+            }
+        };
+        let good = read(&bytes).unwrap();
+        for length in 0..bytes.len() {
+            assert!(read(&bytes[..length]).is_err(), "{name} cut at {length}");
+        }
+        for at in 0..bytes.len() {
+            let mut damaged = bytes.clone();
+            damaged[at] ^= 0x55;
+            if let Ok(sae) = read(&damaged) {
+                assert_eq!(sae, good, "{name}: byte {at} changed the weights unnoticed");
+            }
+        }
     }
 }
 

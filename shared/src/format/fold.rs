@@ -1,7 +1,7 @@
 //! From what files hold to the one in-memory form: pre-encoder biases, gates and decoder norms folded in f64.
 
 use crate::reference::dot;
-use crate::sae::{Activation, SaeParts};
+use crate::sae::{Activation, Sae, SaeParts};
 
 /// Subtracts `W_enc b_dec` from the encoder bias, so that `W_enc (x − b_dec) + b_enc` reads raw `x`.
 /// Needs `d_in = d_out`; the caller has checked it.
@@ -9,6 +9,13 @@ pub(super) fn pre_encoder_bias(parts: &mut SaeParts) {
     for (bias, row) in parts.b_enc.iter_mut().zip(parts.w_enc.chunks_exact(parts.d_in)) {
         *bias = to_f32(f64::from(*bias) - dot(row, &parts.b_dec));
     }
+}
+
+/// The opposite of [`pre_encoder_bias`], for formats that subtract `b_dec` from what they read: the encoder bias to write.
+/// Needs `d_in = d_out`; the caller has checked it.
+pub(super) fn bias_behind_b_dec(sae: &Sae) -> Vec<f32> {
+    let rows = sae.w_enc().chunks_exact(sae.dims().d_in);
+    sae.b_enc().iter().zip(rows).map(|(&bias, row)| to_f32(f64::from(bias) + dot(row, sae.b_dec()))).collect()
 }
 
 /// A gated autoencoder as a JumpReLU one: with `r = exp(r_mag)` the gate `w·x + b_gate > 0` opens exactly
@@ -56,7 +63,7 @@ pub(super) fn threshold(mut raw: Vec<f32>) -> Activation {
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "weights are held in f32")]
-fn to_f32(value: f64) -> f32 {
+pub(super) fn to_f32(value: f64) -> f32 {
     value as f32
 }
 
@@ -65,7 +72,6 @@ mod tests {
     use super::*;
     use crate::reference;
     use crate::rows::Rows;
-    use crate::sae::Sae;
 
     fn parts() -> SaeParts {
         SaeParts {

@@ -4,14 +4,17 @@
 //! hostile: sizes are checked before anything is allocated, and an error names the part, the field,
 //! what was wanted and what was found.
 
+pub mod dictionary_learning;
 mod error;
 mod fold;
 pub mod gemma_scope;
 mod metadata;
 mod npy;
+pub mod openai;
 pub mod saelens;
 mod saelens_config;
 pub mod tensors;
+mod torch;
 
 pub use error::FormatError;
 pub use metadata::{SaeMetadata, hook_name, tap_of_hook};

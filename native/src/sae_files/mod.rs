@@ -1,4 +1,8 @@
-//! Autoencoders on disk: which format a path holds, reading it, and writing one atomically.
+//! Autoencoders on disk: reading one of any supported format, and writing one atomically.
+//!
+//! `found` decides which format a path holds, by its files' names only.
+
+mod found;
 
 use std::fs::{self, File};
 use std::io::{BufReader, Cursor};
@@ -6,9 +10,10 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use shared::Sae;
-use shared::format::{SaeMetadata, gemma_scope, saelens};
+use shared::format::{FormatError, SaeMetadata, dictionary_learning, gemma_scope, openai, saelens};
 
 use crate::files;
+use found::{Found, locate};
 
 /// An autoencoder and what is known about it.
 #[derive(Debug, Clone, PartialEq)]
@@ -27,81 +32,69 @@ pub enum SaeFormat {
     SaeLens,
     /// A Gemma Scope `params.npz`, alone in a folder or as a file.
     GemmaScope,
+    /// A dictionary_learning folder: `ae.pt` and `config.json`.
+    DictionaryLearning,
+    /// A file of OpenAI's sparse_autoencoder (ReLU only).
+    #[value(name = "openai")]
+    OpenAi,
 }
 
-/// Where the autoencoder at a path lies and how it is to be read.
-enum Found<'a> {
-    SaeLens { config: Box<Path>, weights: Box<Path> },
-    Npz(Box<Path>),
-    Params2(Box<Path>),
-    Nothing(&'a Path),
+impl SaeFormat {
+    /// Every format.
+    pub const ALL: [Self; 4] = [Self::SaeLens, Self::GemmaScope, Self::DictionaryLearning, Self::OpenAi];
 }
 
 /// Whether `path` holds an autoencoder in a format [`read`] knows, judged by its files' names only.
 #[must_use]
 pub fn is_sae(path: &Path) -> bool {
-    !matches!(locate(path), Found::Nothing(_))
+    !matches!(locate(path), Found::Nothing)
 }
 
-fn locate(path: &Path) -> Found<'_> {
-    if path.is_dir() {
-        let within = |name: &str| Some(path.join(name)).filter(|p| p.is_file()).map(Into::into);
-        let files = (within(saelens::CONFIG), within(saelens::WEIGHTS));
-        return match (files, within(gemma_scope::PARAMS), within(gemma_scope::PARAMS_2)) {
-            ((Some(config), Some(weights)), ..) => Found::SaeLens { config, weights },
-            (_, Some(npz), _) => Found::Npz(npz),
-            (_, _, Some(params)) => Found::Params2(params),
-            _ => Found::Nothing(path),
-        };
-    }
-    match path.extension().and_then(|e| e.to_str()) {
-        Some("npz") if path.is_file() => Found::Npz(path.into()),
-        Some("safetensors") if path.is_file() => {
-            let config = path.with_file_name(saelens::CONFIG);
-            if config.is_file() {
-                Found::SaeLens { config: config.into(), weights: path.into() }
-            } else {
-                Found::Params2(path.into())
-            }
-        }
-        _ => Found::Nothing(path),
-    }
-}
-
-/// Reads the autoencoder at `path`: a SAELens folder (or its weight file), a folder with a Gemma Scope `params.npz` or
-/// `params.safetensors`, or such a file itself.
+/// Reads the autoencoder at `path`, a folder or file of any format this program knows (docs/formats.md).
 ///
 /// # Errors
 /// If nothing readable is there; the message names the file, the field, what was wanted and found.
 pub fn read(path: &Path) -> Result<SaeFile> {
-    let bytes = |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
     let wrong = || format!("cannot use the autoencoder at {}", path.display());
     let only = |sae| SaeFile { sae, metadata: SaeMetadata::default() };
+    let both = |(sae, metadata)| SaeFile { sae, metadata };
     match locate(path) {
         Found::SaeLens { config, weights } => {
-            let (sae, metadata) = saelens::read(&bytes(&config)?, &bytes(&weights)?).with_context(wrong)?;
-            Ok(SaeFile { sae, metadata })
+            saelens::read(&bytes(&config)?, &bytes(&weights)?).with_context(wrong).map(both)
         }
-        Found::Npz(npz) => {
-            let file = File::open(&npz).with_context(|| format!("cannot open {}", npz.display()))?;
-            gemma_scope::read(BufReader::with_capacity(1 << 20, file)).with_context(wrong).map(only)
-        }
+        Found::Npz(npz) => gemma_scope::read(open(&npz)?).with_context(wrong).map(only),
         Found::Params2(params) => {
             // Without a configuration only the format that leaves nothing to guess can be read.
             gemma_scope::read_safetensors(&bytes(&params)?)
                 .with_context(|| format!("{} (read without a cfg.json beside it)", wrong()))
                 .map(only)
         }
-        Found::Nothing(path) if path.exists() => bail!(
-            "{} holds no autoencoder: wanted cfg.json with sae_weights.safetensors, params.npz or params.safetensors",
-            path.display()
-        ),
-        Found::Nothing(path) => bail!("{} does not exist", path.display()),
+        Found::Torch(weights) => {
+            if openai::is_openai(open(&weights)?) {
+                return openai::read(open(&weights)?).with_context(wrong).map(only);
+            }
+            let config = weights.with_file_name(dictionary_learning::CONFIG);
+            let config = if config.is_file() { Some(bytes(&config)?) } else { None };
+            dictionary_learning::read(config.as_deref(), open(&weights)?).with_context(wrong).map(both)
+        }
+        Found::Nothing if path.exists() => {
+            bail!("{} holds no autoencoder: wanted {}", path.display(), found::WANTED)
+        }
+        Found::Nothing => bail!("{} does not exist", path.display()),
     }
 }
 
-/// Writes `file` at `path`: a folder for [`SaeFormat::SaeLens`], a folder or `.npz` path for
-/// [`SaeFormat::GemmaScope`] (which has no place for metadata). Each file appears whole or not at all.
+fn bytes(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+fn open(path: &Path) -> Result<BufReader<File>> {
+    let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    Ok(BufReader::with_capacity(1 << 20, file))
+}
+
+/// Writes `file` at `path`: a folder, or for formats of a single file also a path with that file's extension (`.npz`,
+/// `.pt`). Each file appears whole or not at all; a configuration comes last, so that a folder that has one is complete.
 ///
 /// # Errors
 /// If the format cannot hold the autoencoder or the disk refuses.
@@ -109,18 +102,34 @@ pub fn write(path: &Path, format: SaeFormat, file: &SaeFile) -> Result<()> {
     match format {
         SaeFormat::SaeLens => {
             let folder = saelens::write(&file.sae, &file.metadata)?;
-            // The configuration comes last: a folder that has one is complete.
             files::write_bytes(&path.join(saelens::WEIGHTS), &folder.weights)?;
             files::write_bytes(&path.join(saelens::CONFIG), &folder.config)
         }
         SaeFormat::GemmaScope => {
-            let mut bytes = Cursor::new(Vec::new());
-            gemma_scope::write(&file.sae, &mut bytes)?;
-            let is_file = path.extension().is_some_and(|e| e == "npz");
-            let target = if is_file { path.to_path_buf() } else { path.join(gemma_scope::PARAMS) };
-            files::write_bytes(&target, bytes.get_ref())
+            single(path, "npz", gemma_scope::PARAMS, |target| gemma_scope::write(&file.sae, target))
         }
+        SaeFormat::DictionaryLearning => {
+            let mut weights = Cursor::new(Vec::new());
+            let config = dictionary_learning::write(&file.sae, &file.metadata, &mut weights)?;
+            files::write_bytes(&path.join(dictionary_learning::WEIGHTS), weights.get_ref())?;
+            files::write_bytes(&path.join(dictionary_learning::CONFIG), &config)
+        }
+        SaeFormat::OpenAi => single(path, "pt", openai::WEIGHTS, |target| openai::write(&file.sae, target)),
     }
+}
+
+/// Writes the one file of a format: at `path` if it ends in `extension`, else as `name` in the folder `path`.
+fn single(
+    path: &Path,
+    extension: &str,
+    name: &str,
+    write: impl FnOnce(&mut Cursor<Vec<u8>>) -> Result<(), FormatError>,
+) -> Result<()> {
+    let mut bytes = Cursor::new(Vec::new());
+    write(&mut bytes)?;
+    let is_file = path.extension().is_some_and(|e| e == extension);
+    let target = if is_file { path.to_path_buf() } else { path.join(name) };
+    files::write_bytes(&target, bytes.get_ref())
 }
 
 /// Adds `sparsity.safetensors` to a SAELens folder: log10 of the firing frequency of each latent, `density [n]`.
