@@ -39,7 +39,7 @@ fn folders_of_saelens_are_read_with_their_metadata() {
 }
 
 /// Folders of other programs, with what those compute from them.
-const PEERS: [(&str, &str); 8] = [
+const PEERS: [(&str, &str); 15] = [
     ("dictionary_learning_AutoEncoder", ""),
     ("dictionary_learning_AutoEncoderNew", ""),
     ("dictionary_learning_GatedAutoEncoder", ""),
@@ -48,6 +48,13 @@ const PEERS: [(&str, &str); 8] = [
     ("dictionary_learning_BatchTopKSAE", ""),
     ("dictionary_learning_MatryoshkaBatchTopKSAE", ""),
     ("openai", "3.pt"),
+    ("sparsify", "layers.3"),
+    ("sparsify_transcode", "layers.3"),
+    ("mlsae", ""),
+    ("openmoss_jumprelu", ""),
+    ("openmoss_plain", ""),
+    ("openmoss_relu", ""),
+    ("openmoss_topk", ""),
 ];
 
 /// What the peer computed: `x`, `features`, `reconstruction`.
@@ -82,8 +89,10 @@ fn files_of_other_programs_compute_what_those_compute() {
     for (name, inside) in PEERS {
         let file = sae_files::read(&peers().join(name).join(inside)).unwrap();
         compute(&file, &expected(name)).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let tap = file.metadata.tap.map(|tap| tap.to_string());
+        let said = !matches!(name, "openai" | "mlsae" | "sparsify_transcode");
+        assert_eq!(tap.as_deref(), said.then_some("resid.3"), "{name}");
         if name.starts_with("dictionary_learning") {
-            assert_eq!(file.metadata.tap.unwrap().to_string(), "resid.3", "{name}");
             assert_eq!(file.metadata.context_size, Some(128), "{name}");
         }
     }
@@ -115,7 +124,8 @@ fn holds(format: SaeFormat, sae: &Sae) -> bool {
     let relu = *sae.activation() == Activation::Relu;
     let top_k = matches!(sae.activation(), Activation::TopK { .. });
     match format {
-        SaeFormat::SaeLens | SaeFormat::DictionaryLearning => true,
+        SaeFormat::SaeLens | SaeFormat::DictionaryLearning | SaeFormat::OpenMoss => true,
+        SaeFormat::Sparsify => top_k,
         SaeFormat::GemmaScope => !top_k,
         SaeFormat::OpenAi => relu,
     }

@@ -1,12 +1,12 @@
-//! Which format a path holds, by the names of its files.
+//! Which format a path holds, by the names of its files, and for one name that others use too, by its configuration.
 
 use std::path::{Path, PathBuf};
 
-use shared::format::{dictionary_learning, gemma_scope, openai, saelens};
+use shared::format::{dictionary_learning, gemma_scope, mlsae, openai, openmoss, saelens, sparsify};
 
 /// What would have been accepted, for messages.
-pub(super) const WANTED: &str =
-    "cfg.json with sae_weights.safetensors, params.npz, params.safetensors, ae.pt or a .pt file";
+pub(super) const WANTED: &str = "cfg.json with sae_weights.safetensors, params.npz, params.safetensors, ae.pt, \
+    sae.safetensors or sae_weights.safetensors with a configuration, or a .pt file";
 
 /// Where an autoencoder lies and how it is to be read.
 pub(super) enum Found {
@@ -18,6 +18,12 @@ pub(super) enum Found {
     Params2(PathBuf),
     /// A file torch saved: dictionary_learning's or OpenAI's.
     Torch(PathBuf),
+    /// sparsify.
+    Sparsify { config: PathBuf, weights: PathBuf },
+    /// mlsae.
+    Mlsae { config: PathBuf, weights: PathBuf },
+    /// OpenMOSS' Llamascopium.
+    OpenMoss { config: PathBuf, weights: PathBuf },
     /// None of them.
     Nothing,
 }
@@ -30,6 +36,18 @@ fn in_folder(path: &Path) -> Found {
     let within = |name: &str| Some(path.join(name)).filter(|p| p.is_file());
     if let (Some(config), Some(weights)) = (within(saelens::CONFIG), within(saelens::WEIGHTS)) {
         return Found::SaeLens { config, weights };
+    }
+    if let (Some(config), Some(weights)) = (within(sparsify::CONFIG), within(sparsify::WEIGHTS)) {
+        return Found::Sparsify { config, weights };
+    }
+    if let (Some(config), Some(weights)) = (within(openmoss::CONFIG), within(openmoss::WEIGHTS)) {
+        return Found::OpenMoss { config, weights };
+    }
+    if let (Some(config), Some(weights)) = (within(mlsae::CONFIG), within(mlsae::WEIGHTS)) {
+        // A language model's folder has files of these names too; what the configuration says tells them apart.
+        if std::fs::read(&config).is_ok_and(|bytes| mlsae::is_mlsae(&bytes)) {
+            return Found::Mlsae { config, weights };
+        }
     }
     if let Some(npz) = within(gemma_scope::PARAMS) {
         return Found::Npz(npz);
@@ -49,11 +67,18 @@ fn file(path: &Path) -> Found {
         Some("npz") => Found::Npz(path.into()),
         Some("pt") => Found::Torch(path.into()),
         Some("safetensors") => {
-            let config = path.with_file_name(saelens::CONFIG);
-            if config.is_file() {
-                Found::SaeLens { config, weights: path.into() }
-            } else {
-                Found::Params2(path.into())
+            let named = |name: &str| path.file_name().is_some_and(|file| file == name);
+            let beside = |name: &str| Some(path.with_file_name(name)).filter(|p| p.is_file());
+            match (beside(saelens::CONFIG), beside(openmoss::CONFIG)) {
+                (Some(config), _) if named(sparsify::WEIGHTS) => {
+                    Found::Sparsify { config, weights: path.into() }
+                }
+                (Some(config), _) => Found::SaeLens { config, weights: path.into() },
+                (_, Some(config)) if named(openmoss::WEIGHTS) => {
+                    Found::OpenMoss { config, weights: path.into() }
+                }
+                (_, Some(config)) if named(mlsae::WEIGHTS) => Found::Mlsae { config, weights: path.into() },
+                _ => Found::Params2(path.into()),
             }
         }
         _ => Found::Nothing,

@@ -10,7 +10,9 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use shared::Sae;
-use shared::format::{FormatError, SaeMetadata, dictionary_learning, gemma_scope, openai, saelens};
+use shared::format::{
+    FormatError, SaeMetadata, dictionary_learning, gemma_scope, mlsae, openai, openmoss, saelens, sparsify,
+};
 
 use crate::files;
 use found::{Found, locate};
@@ -37,11 +39,23 @@ pub enum SaeFormat {
     /// A file of OpenAI's sparse_autoencoder (ReLU only).
     #[value(name = "openai")]
     OpenAi,
+    /// A sparsify folder: `cfg.json` and `sae.safetensors` (top-k only).
+    Sparsify,
+    /// A Llamascopium folder of OpenMOSS: `config.json` and `sae_weights.safetensors`.
+    #[value(name = "openmoss")]
+    OpenMoss,
 }
 
 impl SaeFormat {
     /// Every format.
-    pub const ALL: [Self; 4] = [Self::SaeLens, Self::GemmaScope, Self::DictionaryLearning, Self::OpenAi];
+    pub const ALL: [Self; 6] = [
+        Self::SaeLens,
+        Self::GemmaScope,
+        Self::DictionaryLearning,
+        Self::OpenAi,
+        Self::Sparsify,
+        Self::OpenMoss,
+    ];
 }
 
 /// Whether `path` holds an autoencoder in a format [`read`] knows, judged by its files' names only.
@@ -76,6 +90,18 @@ pub fn read(path: &Path) -> Result<SaeFile> {
             let config = weights.with_file_name(dictionary_learning::CONFIG);
             let config = if config.is_file() { Some(bytes(&config)?) } else { None };
             dictionary_learning::read(config.as_deref(), open(&weights)?).with_context(wrong).map(both)
+        }
+        Found::Sparsify { config, weights } => {
+            let folder = weights.parent().and_then(Path::file_name).and_then(|name| name.to_str());
+            sparsify::read(&bytes(&config)?, &bytes(&weights)?, folder.unwrap_or_default())
+                .with_context(wrong)
+                .map(both)
+        }
+        Found::Mlsae { config, weights } => {
+            mlsae::read(&bytes(&config)?, &bytes(&weights)?).with_context(wrong).map(both)
+        }
+        Found::OpenMoss { config, weights } => {
+            openmoss::read(&bytes(&config)?, &bytes(&weights)?).with_context(wrong).map(both)
         }
         Found::Nothing if path.exists() => {
             bail!("{} holds no autoencoder: wanted {}", path.display(), found::WANTED)
@@ -113,6 +139,16 @@ pub fn write(path: &Path, format: SaeFormat, file: &SaeFile) -> Result<()> {
             let config = dictionary_learning::write(&file.sae, &file.metadata, &mut weights)?;
             files::write_bytes(&path.join(dictionary_learning::WEIGHTS), weights.get_ref())?;
             files::write_bytes(&path.join(dictionary_learning::CONFIG), &config)
+        }
+        SaeFormat::Sparsify => {
+            let (config, weights) = sparsify::write(&file.sae, &file.metadata)?;
+            files::write_bytes(&path.join(sparsify::WEIGHTS), &weights)?;
+            files::write_bytes(&path.join(sparsify::CONFIG), &config)
+        }
+        SaeFormat::OpenMoss => {
+            let (config, weights) = openmoss::write(&file.sae, &file.metadata)?;
+            files::write_bytes(&path.join(openmoss::WEIGHTS), &weights)?;
+            files::write_bytes(&path.join(openmoss::CONFIG), &config)
         }
         SaeFormat::OpenAi => single(path, "pt", openai::WEIGHTS, |target| openai::write(&file.sae, target)),
     }

@@ -9,10 +9,13 @@ mod error;
 mod fold;
 pub mod gemma_scope;
 mod metadata;
+pub mod mlsae;
 mod npy;
 pub mod openai;
+pub mod openmoss;
 pub mod saelens;
 mod saelens_config;
+pub mod sparsify;
 pub mod tensors;
 mod torch;
 
