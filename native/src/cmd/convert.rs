@@ -10,18 +10,20 @@ use crate::sae_files::{self, SaeFormat};
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Pre-encoder biases, gates and decoder-norm scaling are folded into the weights on reading, so what is written \
-reads raw activations. Gemma Scope files have no place for metadata.
+reads raw activations. A format that cannot hold the autoencoder is refused, and nothing is written. \
+docs/formats.md says what each format holds; Gemma Scope and OpenAI files have no place for metadata.
 
-Example:
-  stratascope convert layer_20/width_16k/average_l0_71/params.npz --to saelens out/layer_20")]
+Examples:
+  stratascope convert layer_20/width_16k/average_l0_71/params.npz --to saelens out/layer_20
+  stratascope convert trainer_0 --to gemma-scope out/params.npz")]
 pub(crate) struct Args {
-    /// The autoencoder: a SAELens folder, a Gemma Scope folder, an .npz or a .safetensors file.
+    /// The autoencoder: a folder or file of any format in docs/formats.md, or its name on the hub.
     #[arg(value_name = "SRC")]
     source: PathBuf,
     /// The format to write.
     #[arg(long, value_name = "FORMAT")]
     to: SaeFormat,
-    /// The folder to write (for gemma-scope also a path ending in .npz).
+    /// The folder to write (for gemma-scope also a path ending in .npz, for openai in .pt).
     #[arg(value_name = "DST")]
     target: PathBuf,
 }

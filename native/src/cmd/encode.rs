@@ -23,9 +23,9 @@ Reads `x` [n, d_in] (f32, f16, bf16 or f64) and writes, in f32, `features` [n, w
 `reconstruction` [n, d_out]. The active set is that of exact arithmetic.
 
 Example:
-  stratascope encode --sae layer_20/width_16k/average_l0_71 --input x.safetensors --out codes.safetensors")]
+  stratascope encode --sae gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71 --input x.safetensors --out codes.safetensors")]
 pub(crate) struct Args {
-    /// The autoencoder: a SAELens folder, a Gemma Scope folder, an .npz or a .safetensors file.
+    /// The autoencoder: a folder or file of any format in docs/formats.md, or its name on the hub.
     #[arg(long, value_name = "PATH")]
     sae: PathBuf,
     /// A safetensors file with `x` [n, d_in].

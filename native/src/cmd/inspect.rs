@@ -116,7 +116,7 @@ fn describe(path: &Path) -> Result<(String, Value)> {
         bail!("{} does not exist", path.display());
     }
     bail!(
-        "{} is nothing known: wanted an autoencoder (cfg.json with sae_weights.safetensors, params.npz), a store \
+        "{} is nothing known: wanted an autoencoder (docs/formats.md lists the formats), a store \
          (manifest.json), a pack (pack.json) or a model (config.json, .gguf)",
         path.display()
     )

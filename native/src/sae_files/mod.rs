@@ -1,8 +1,9 @@
 //! Autoencoders on disk: reading one of any supported format, and writing one atomically.
 //!
-//! `found` decides which format a path holds, by its files' names only.
+//! `found` decides which format a path holds; `named` fetches what is no path but a name on the Hugging Face hub.
 
 mod found;
+mod named;
 
 use std::fs::{self, File};
 use std::io::{BufReader, Cursor};
@@ -15,7 +16,9 @@ use shared::format::{
 };
 
 use crate::files;
+use crate::hub::Settings;
 use found::{Found, locate};
+use named::Named;
 
 /// An autoencoder and what is known about it.
 #[derive(Debug, Clone, PartialEq)]
@@ -58,17 +61,32 @@ impl SaeFormat {
     ];
 }
 
-/// Whether `path` holds an autoencoder in a format [`read`] knows, judged by its files' names only.
+/// Whether `path` holds an autoencoder in a format [`read`] knows, or is the name of one on the hub. Judged by names.
 #[must_use]
 pub fn is_sae(path: &Path) -> bool {
-    !matches!(locate(path), Found::Nothing)
+    !matches!(locate(path), Found::Nothing) || name(path).is_some()
 }
 
-/// Reads the autoencoder at `path`, a folder or file of any format this program knows (docs/formats.md).
+/// The name on the hub that `path` is, if nothing lies there.
+fn name(path: &Path) -> Option<Named> {
+    if path.exists() { None } else { named::parse(path.to_str()?) }
+}
+
+/// Reads the autoencoder at `path`: a folder or file of any format this program knows (docs/formats.md), or the name of one
+/// on the Hugging Face hub, such as `gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71`.
 ///
 /// # Errors
 /// If nothing readable is there; the message names the file, the field, what was wanted and found.
 pub fn read(path: &Path) -> Result<SaeFile> {
+    if let Some(named) = name(path) {
+        let mut file = read_local(&named.fetch(&Settings::from_env()?)?)?;
+        named.describe(&mut file.metadata);
+        return Ok(file);
+    }
+    read_local(path)
+}
+
+fn read_local(path: &Path) -> Result<SaeFile> {
     let wrong = || format!("cannot use the autoencoder at {}", path.display());
     let only = |sae| SaeFile { sae, metadata: SaeMetadata::default() };
     let both = |(sae, metadata)| SaeFile { sae, metadata };

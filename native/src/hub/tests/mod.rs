@@ -16,14 +16,14 @@ use super::*;
 use crate::files::{hex, sha256};
 use server::{Reply, Request, Server};
 
-const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+pub(crate) const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
 fn git_blob(bytes: &[u8]) -> String {
     hex(&Sha1::new().chain_update(format!("blob {}\0", bytes.len())).chain_update(bytes).finalize())
 }
 
 /// An entry of a list of files, as the hub writes it: from 1000 bytes on kept outside git.
-fn entry(path: &str, bytes: &[u8]) -> serde_json::Value {
+pub(crate) fn entry(path: &str, bytes: &[u8]) -> serde_json::Value {
     let mut entry = json!({"type": "file", "oid": git_blob(bytes), "size": bytes.len(), "path": path});
     if bytes.len() >= 1000 {
         entry["lfs"] = json!({"oid": sha256(bytes), "size": bytes.len(), "pointerSize": 130});

@@ -1,9 +1,10 @@
 //! Dictionaries of tensors that `torch.save` wrote: a zip of a pickle and raw storages, read as data and never run.
 //!
-//! `pickle` reads the structure, `write` makes such files; here the structure is checked against the archive's bytes and
+//! `pickle` reads the structure (made of `value`s), `write` makes such files; here the structure is checked against the archive's bytes and
 //! tensors are gathered by their strides.
 
 mod pickle;
+mod value;
 mod write;
 
 use std::collections::BTreeMap;
@@ -14,7 +15,8 @@ use zip::{CompressionMethod, ZipArchive};
 
 use super::error::FormatError;
 use super::tensors::Tensor;
-use pickle::{Kind, Node, Pickle, View, what};
+use pickle::Pickle;
+use value::{Kind, Node, View, what};
 pub(super) use write::{Item, write};
 
 /// Archives of weights have a member for each tensor, and a few more.
