@@ -70,10 +70,10 @@ impl Named {
             folder => format!("{folder}/{file}"),
         };
         let mut folder = self.folder.clone();
-        if let Some(parent) = canonical {
-            if repo.file(&within(&folder, gemma_scope::PARAMS)).is_none() {
-                folder = within(parent, &closest(&repo, parent)?);
-            }
+        if let Some(parent) = canonical
+            && repo.file(&within(&folder, gemma_scope::PARAMS)).is_none()
+        {
+            folder = within(parent, &closest(&repo, parent)?);
         }
         let weights = FILES[..N_WEIGHTS].iter().any(|file| repo.file(&within(&folder, file)).is_some());
         ensure!(

@@ -177,7 +177,7 @@ impl<'a, R: Read + Seek> TorchFile<'a, R> {
         let bytes = self.storage(name, &view)?;
         #[expect(clippy::cast_possible_truncation, reason = "weights are held in f32")]
         let data = match view.kind {
-            Kind::F32 => gather(&view, bytes.as_chunks::<4>().0, |b| f32::from_le_bytes(b)),
+            Kind::F32 => gather(&view, bytes.as_chunks::<4>().0, f32::from_le_bytes),
             Kind::F64 => gather(&view, bytes.as_chunks::<8>().0, |b| f64::from_le_bytes(b) as f32),
             Kind::F16 => gather(&view, bytes.as_chunks::<2>().0, |b| f16::from_le_bytes(b).to_f32()),
             Kind::Bf16 => gather(&view, bytes.as_chunks::<2>().0, |b| bf16::from_le_bytes(b).to_f32()),
@@ -212,7 +212,7 @@ impl<'a, R: Read + Seek> TorchFile<'a, R> {
                 let view = self.view(name)?;
                 let bytes = self.storage(name, &view)?;
                 let values = match view.kind {
-                    Kind::I64 => gather(&view, bytes.as_chunks::<8>().0, |b| i64::from_le_bytes(b)),
+                    Kind::I64 => gather(&view, bytes.as_chunks::<8>().0, i64::from_le_bytes),
                     Kind::I32 => {
                         gather(&view, bytes.as_chunks::<4>().0, |b| i64::from(i32::from_le_bytes(b)))
                     }

@@ -112,7 +112,7 @@ impl Machine<'_> {
                 self.marks.push(self.stack.len());
                 Ok(())
             }
-            b't' => self.to_mark().and_then(|items| self.push(Node::Tuple(items))),
+            b't' => self.since_mark().and_then(|items| self.push(Node::Tuple(items))),
             0x85..=0x87 => {
                 let mut items = Vec::new();
                 for _ in 0x84..op {
@@ -130,7 +130,7 @@ impl Machine<'_> {
             b'R' => self.reduce(),
             b'b' => self.build(),
             b'a' | b'e' => {
-                let items = if op == b'a' { vec![self.pop()?] } else { self.to_mark()? };
+                let items = if op == b'a' { vec![self.pop()?] } else { self.since_mark()? };
                 match self.top()? {
                     Node::List(list) => list.extend(items),
                     other => return Err(format!("wanted a list to append to, found {}", what(other))),
@@ -142,12 +142,12 @@ impl Machine<'_> {
                     let value = self.pop()?;
                     vec![self.pop()?, value]
                 } else {
-                    self.to_mark()?
+                    self.since_mark()?
                 };
                 let (pairs, rest) = items.as_chunks::<2>();
                 match self.top()? {
                     Node::Dict(dict) if rest.is_empty() => {
-                        dict.extend(pairs.iter().map(|&[key, value]| (key, value)))
+                        dict.extend(pairs.iter().map(|&[key, value]| (key, value)));
                     }
                     Node::Dict(_) => return Err("a key without a value".to_owned()),
                     other => return Err(format!("wanted a dictionary to add to, found {}", what(other))),
@@ -203,7 +203,7 @@ impl Machine<'_> {
         top.map(|id| &mut self.nodes[id]).ok_or_else(|| "a value is missing".to_owned())
     }
 
-    fn to_mark(&mut self) -> Result<Vec<Id>, String> {
+    fn since_mark(&mut self) -> Result<Vec<Id>, String> {
         let height = self.marks.pop().ok_or_else(|| "a mark is missing".to_owned())?;
         Ok(self.stack.split_off(height))
     }
