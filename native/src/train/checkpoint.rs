@@ -18,9 +18,11 @@ use shared::config::train::TrainConfig;
 use shared::metrics::Dead;
 
 use super::guard::Guard;
+use super::init;
 use super::normalise::Normalisation;
 use super::order::Position;
-use super::params::{Moments, Params};
+use super::params::{Latents, Moments, Params, Tensors};
+use super::pressure::Pressure;
 use super::step::Trainer;
 use crate::files::write_atomic;
 
@@ -37,10 +39,12 @@ pub struct State {
     pub dead: Dead,
     /// The scale of the data, as measured at the start.
     pub normalisation: Normalisation,
+    /// The sparsity term.
+    pub pressure: Pressure,
 }
 
 /// The version of the file.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 /// What the header of a checkpoint says.
 #[derive(Serialize, Deserialize)]
@@ -52,6 +56,9 @@ struct Header {
     rows_seen: u64,
     position: Position,
     guard: Guard,
+    pressure: Pressure,
+    /// Bits of BatchTopK's running threshold.
+    threshold: u32,
     identity: Value,
 }
 
@@ -85,24 +92,21 @@ pub fn save(out: &Path, state: &State, identity: &Value) -> Result<()> {
         rows_seen: state.dead.n_rows(),
         position: state.position,
         guard: state.guard.clone(),
+        pressure: state.pressure.clone(),
+        threshold: match state.trainer.params.latents {
+            Latents::BatchTopK { threshold, .. } => threshold.to_bits(),
+            _ => 0,
+        },
         identity: identity.clone(),
     };
-    let (p, m) = (&state.trainer.params, &state.trainer.moments);
-    let floats = [
-        ("w_enc", &p.w_enc),
-        ("b_enc", &p.b_enc),
-        ("w_dec", &p.w_dec),
-        ("b_dec", &p.b_dec),
-        ("threshold", &p.threshold),
-        ("moment.w_enc", &m.w_enc),
-        ("moment.b_enc", &m.b_enc),
-        ("moment.w_dec", &m.w_dec),
-        ("moment.b_dec", &m.b_dec),
-        ("moment.threshold", &m.threshold),
-    ];
+    let (params, moments) = (&state.trainer.params.tensors, &state.trainer.moments);
+    let groups = [("", Some(params)), ("first.", moments.first.as_ref()), ("second.", Some(&moments.second))];
+    let floats = groups.into_iter().filter_map(|(group, tensors)| Some((group, tensors?))).flat_map(
+        |(group, tensors)| tensors.named().map(|(name, values)| (format!("{group}{name}"), values)),
+    );
     let integers = [
-        ("weights_step", &m.weights_step[..]),
-        ("threshold_step", &m.threshold_step[..]),
+        ("weights_step", &moments.weights_step[..]),
+        ("own_step", &moments.own_step[..]),
         ("last_fired", state.dead.last_fired()),
     ];
     let mut views = Vec::new();
@@ -110,11 +114,17 @@ pub fn save(out: &Path, state: &State, identity: &Value) -> Result<()> {
         views.push((name, TensorView::new(Dtype::F32, vec![values.len()], bytemuck::cast_slice(values))?));
     }
     for (name, values) in integers {
-        views.push((name, TensorView::new(Dtype::U64, vec![values.len()], bytemuck::cast_slice(values))?));
+        views.push((
+            name.to_owned(),
+            TensorView::new(Dtype::U64, vec![values.len()], bytemuck::cast_slice(values))?,
+        ));
     }
     let Normalisation { scale, mean, limit } = &state.normalisation;
     let data: Vec<f64> = [*scale, *limit].iter().chain(mean).copied().collect();
-    views.push(("data", TensorView::new(Dtype::F64, vec![data.len()], bytemuck::cast_slice(&data))?));
+    views.push((
+        "data".to_owned(),
+        TensorView::new(Dtype::F64, vec![data.len()], bytemuck::cast_slice(&data))?,
+    ));
     let metadata = HashMap::from([("state".to_owned(), serde_json::to_string(&header)?)]);
     let bytes = safetensors::serialize(views, Some(metadata))?;
     write_atomic(&path(out), |w| w.write_all(&bytes))
@@ -146,25 +156,24 @@ fn read(bytes: &[u8], config: &TrainConfig, d_in: usize, identity: &Value) -> Re
     let (n, file) = (config.width, SafeTensors::deserialize(bytes)?);
     let floats = |name: &str, len: usize| -> Result<Vec<f32>> { tensor(&file, name, Dtype::F32, len) };
     let integers = |name: &str| -> Result<Vec<u64>> { tensor(&file, name, Dtype::U64, n) };
-    let dense = n.checked_mul(d_in).context("width overflows")?;
-    let params = Params {
-        d_in,
-        w_enc: floats("w_enc", dense)?,
-        b_enc: floats("b_enc", n)?,
-        w_dec: floats("w_dec", dense)?,
-        b_dec: floats("b_dec", d_in)?,
-        threshold: floats("threshold", n)?,
-        parametrisation: config.parametrisation,
-        pre_bias: config.pre_bias,
+    n.checked_mul(d_in).context("width overflows")?;
+    let tensors = |group: &str| -> Result<Tensors> {
+        let mut tensors = Tensors::zeros(n, d_in, d_in, false);
+        for (name, values) in tensors.named_mut() {
+            *values = floats(&format!("{group}{name}"), values.len())?;
+        }
+        Ok(tensors)
     };
+    let latents = match init::latents(config) {
+        Latents::BatchTopK { k, .. } => Latents::BatchTopK { k, threshold: f32::from_bits(header.threshold) },
+        other => other,
+    };
+    let params = Params { d_in, d_out: d_in, tensors: tensors("")?, latents, pre_bias: config.pre_bias };
     let moments = Moments {
-        w_enc: floats("moment.w_enc", dense)?,
-        b_enc: floats("moment.b_enc", n)?,
-        w_dec: floats("moment.w_dec", dense)?,
-        b_dec: floats("moment.b_dec", d_in)?,
-        threshold: floats("moment.threshold", n)?,
+        first: if config.momentum() > 0.0 { Some(tensors("first.")?) } else { None },
+        second: tensors("second.")?,
         weights_step: integers("weights_step")?,
-        threshold_step: integers("threshold_step")?,
+        own_step: integers("own_step")?,
     };
     let data: Vec<f64> = tensor(&file, "data", Dtype::F64, d_in + 2)?;
     let (&scale, &limit) = data.first().zip(data.get(1)).context("its `data` is empty")?;
@@ -173,6 +182,7 @@ fn read(bytes: &[u8], config: &TrainConfig, d_in: usize, identity: &Value) -> Re
         trainer: Trainer { params, moments, step: header.step },
         position: header.position,
         guard: header.guard,
+        pressure: header.pressure,
         dead: Dead::resume(header.rows_seen, integers("last_fired")?)?,
         normalisation,
     })
@@ -211,24 +221,22 @@ fn difference(found: &Value, wanted: &Value) -> String {
 mod tests {
     use super::*;
     use serde_json::json;
-    use shared::loss::Parametrisation;
 
     fn config() -> TrainConfig {
         TrainConfig { width: 3, target_l0: Some(1.0), lr: 0.1 + 0.2, ..TrainConfig::default() }
     }
 
     fn state() -> State {
-        let params = Params {
-            d_in: 2,
+        let tensors = Tensors {
             w_enc: vec![1.0, f32::MIN_POSITIVE, 3.0, 4.0, 5.0, 6.0],
             b_enc: vec![0.1; 3],
             w_dec: vec![0.6; 6],
             b_dec: vec![-0.0, 1.0],
-            threshold: vec![-3.0, -2.5, -2.0],
-            parametrisation: Parametrisation::Log,
-            pre_bias: true,
+            own: [vec![-3.0, -2.5, -2.0], vec![0.0; 3]],
+            w_skip: Vec::new(),
         };
-        let mut trainer = Trainer::new(params);
+        let params = Params { d_in: 2, d_out: 2, tensors, latents: init::latents(&config()), pre_bias: true };
+        let mut trainer = Trainer::new(params, false);
         trainer.step = 12;
         trainer.moments.weights_step = vec![12, 0, 7];
         State {
@@ -237,6 +245,7 @@ mod tests {
             guard: Guard::default(),
             dead: Dead::resume(100, vec![100, 0, 50]).unwrap(),
             normalisation: Normalisation { scale: 0.1, mean: vec![0.3, -0.1], limit: f64::INFINITY },
+            pressure: Pressure::new(&config()),
         }
     }
 

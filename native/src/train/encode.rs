@@ -1,91 +1,246 @@
-//! The dense half of a step: the encoder product, block by block of latents, and what of it is kept.
+//! The dense part of a step: the encoder product, tile by tile, and what of it is kept.
 //!
-//! A block's pre-activations stay in the second-level cache and are compacted at once into the entries that
-//! matter: active ones, and those inside the straight-through window. The dense `[N, n]` matrix never exists.
+//! A tile's pre-activations stay in the second-level cache and are thinned out at once: to those above a cut of their latent,
+//! or to the largest of their row. The dense `[N, n]` matrix never exists. Tiles have fixed sizes, so that results do not
+//! depend on the number of threads.
 
 use anyhow::Result;
 use rayon::prelude::*;
 
 use super::params::Params;
-use super::simd::{any_above, vectorised};
+use super::simd::{add_scaled, any_above, any_exceeds, vectorised};
 use crate::cpu::gemm::{Matrix, product};
 
-/// Values of a block's pre-activations kept in cache at a time (256 KiB of f32).
-const BLOCK_VALUES: usize = 1 << 16;
+/// Rows of a tile.
+const TILE_ROWS: usize = 256;
+/// Latents of a tile: with the rows 128 KiB of pre-activations.
+const TILE_LATENTS: usize = 128;
+/// Latents of a task: short enough that many threads find work in one batch.
+const TASK_LATENTS: usize = 4096;
+/// Values compared at a time before they are looked at one by one.
+const CHUNK: usize = 32;
 
-/// A (row, latent) pair above the lower end of the latent's window.
+/// A pre-activation that was kept.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Entry {
-    /// Row of the batch.
-    pub(crate) row: u32,
-    /// Pre-activation.
+pub(crate) struct Candidate {
+    pub(crate) latent: u32,
     pub(crate) z: f32,
 }
 
-/// The kept entries of a block of consecutive latents.
-#[derive(Debug, Default)]
-pub(crate) struct Block {
+/// Which pre-activations are kept.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Keep<'a> {
+    /// Those above the cut of their latent `[n]`.
+    Above(&'a [f32]),
+    /// The so many largest positive ones of each row.
+    Largest(usize),
+}
+
+/// What to keep, and of which latents the largest are kept besides.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Selection<'a> {
+    pub(crate) keep: Keep<'a>,
+    /// Dead latents `[n]`, and how many of them a row keeps.
+    pub(crate) dead: Option<(&'a [bool], usize)>,
+}
+
+/// What was kept of each row, latents ascending.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Kept {
     offsets: Vec<usize>,
-    entries: Vec<Entry>,
+    candidates: Vec<Candidate>,
 }
 
-impl Block {
-    /// Entries of the `i`-th latent of the block, rows ascending.
-    pub(crate) fn latent(&self, i: usize) -> &[Entry] {
-        &self.entries[self.offsets[i]..self.offsets[i + 1]]
+impl Kept {
+    fn collect(rows: impl Iterator<Item = Vec<Candidate>>) -> Self {
+        let mut kept = Self { offsets: vec![0], candidates: Vec::new() };
+        for row in rows {
+            kept.candidates.extend(row);
+            kept.offsets.push(kept.candidates.len());
+        }
+        kept
     }
 
-    /// Number of latents in the block.
-    pub(crate) fn n_latents(&self) -> usize {
-        self.offsets.len() - 1
+    pub(crate) fn row(&self, row: usize) -> &[Candidate] {
+        &self.candidates[self.offsets[row]..self.offsets[row + 1]]
+    }
+
+    /// The number of candidates before those of `row`.
+    pub(crate) fn start(&self, row: usize) -> usize {
+        self.offsets[row]
+    }
+
+    pub(crate) fn n_rows(&self) -> usize {
+        self.offsets.len().saturating_sub(1)
+    }
+
+    pub(crate) fn all(&self) -> &[Candidate] {
+        &self.candidates
+    }
+
+    /// Keeps only what `wanted(number, candidate)` lets through.
+    pub(crate) fn retain(&mut self, wanted: impl Fn(usize, &Candidate) -> bool) {
+        let rows = self.offsets.windows(2).map(|ends| {
+            let numbered = (ends[0]..ends[1]).zip(&self.candidates[ends[0]..ends[1]]);
+            numbered.filter(|(at, c)| wanted(*at, c)).map(|(_, c)| *c).collect::<Vec<_>>()
+        });
+        *self = Self::collect(rows.collect::<Vec<_>>().into_iter());
     }
 }
 
-/// Latents a block holds for batches of `n_rows`; depends on nothing else, so neither do the sums.
-pub(crate) fn block_size(n_rows: usize) -> usize {
-    (BLOCK_VALUES / n_rows.max(1)).clamp(8, 256)
+/// The largest values seen so far, latents having come in ascending order; ties go to the lower latent.
+#[derive(Debug, Clone)]
+struct Largest {
+    k: usize,
+    /// Below or at this, a value is not among them any more.
+    bound: f32,
+    kept: Vec<Candidate>,
 }
 
-/// Entries of all latents with `z > θ − half_window`, `z = w_i · x' + b_i`, for rows `input [N, d_in]`.
-pub(crate) fn encode(params: &Params, thetas: &[f32], half_window: f32, input: &[f32]) -> Result<Vec<Block>> {
-    let d = params.d_in;
+impl Largest {
+    fn new(k: usize) -> Self {
+        Self { k, bound: if k == 0 { f32::INFINITY } else { 0.0 }, kept: Vec::new() }
+    }
+
+    #[inline(always)]
+    fn push(&mut self, candidate: Candidate) {
+        if candidate.z > self.bound {
+            self.kept.push(candidate);
+            if self.kept.len() >= 2 * self.k {
+                self.shrink();
+            }
+        }
+    }
+
+    fn shrink(&mut self) {
+        if self.kept.len() > self.k {
+            let order = |a: &Candidate, b: &Candidate| b.z.total_cmp(&a.z).then(a.latent.cmp(&b.latent));
+            let (_, last, _) = self.kept.select_nth_unstable_by(self.k - 1, order);
+            self.bound = last.z;
+            self.kept.truncate(self.k);
+        }
+    }
+
+    fn finish(mut self) -> Vec<Candidate> {
+        self.shrink();
+        self.kept.sort_unstable_by_key(|c| c.latent);
+        self.kept
+    }
+}
+
+/// The rows of a tile while its latents go by.
+struct Tile {
+    main: Vec<Largest>,
+    dead: Vec<Largest>,
+}
+
+/// What is kept of `z = w_i · x' + b_i` for rows `input [N, d_in]`: by the selection proper, and of dead latents.
+pub(crate) fn encode(params: &Params, input: &[f32], selection: Selection<'_>) -> Result<(Kept, Kept)> {
+    let (n, d) = (params.n_latents(), params.d_in);
     let n_rows = input.len() / d;
-    let size = block_size(n_rows);
-    params
-        .w_enc
-        .par_chunks(size * d)
-        .zip(params.b_enc.par_chunks(size))
-        .zip(thetas.par_chunks(size))
-        .map_init(Vec::new, |z, ((w_enc, b_enc), thetas)| {
-            z.resize(b_enc.len() * n_rows, 0.0f32);
-            let rows = Matrix::new(input, n_rows, d)?;
-            product(z, Matrix::new(w_enc, b_enc.len(), d)?, rows.transposed(), 1.0, false, 1)?;
-            Ok(vectorised(|| compact(z, n_rows, b_enc, thetas, half_window)))
+    let tasks: Vec<(usize, usize)> = (0..n_rows)
+        .step_by(TILE_ROWS)
+        .flat_map(|row| (0..n).step_by(TASK_LATENTS).map(move |latent| (row, latent)))
+        .collect();
+    let done: Vec<Tile> = tasks
+        .into_par_iter()
+        .map_init(Vec::new, |z, (row, latent)| {
+            let rows = &input[row * d..(row + TILE_ROWS).min(n_rows) * d];
+            task(params, rows, latent..(latent + TASK_LATENTS).min(n), selection, z)
         })
-        .collect()
+        .collect::<Result<_>>()?;
+    let per_tile = n.div_ceil(TASK_LATENTS).max(1);
+    let merged: Vec<Vec<(Vec<Candidate>, Vec<Candidate>)>> =
+        done.into_par_iter().chunks(per_tile).map(|parts| merge(parts, selection)).collect();
+    let (main, dead): (Vec<_>, Vec<_>) = merged.into_iter().flatten().unzip();
+    Ok((Kept::collect(main.into_iter()), Kept::collect(dead.into_iter())))
+}
+
+fn task(
+    params: &Params,
+    rows: &[f32],
+    latents: std::ops::Range<usize>,
+    selection: Selection<'_>,
+    z: &mut Vec<f32>,
+) -> Result<Tile> {
+    let d = params.d_in;
+    let n_rows = rows.len() / d;
+    let k = |keep: &Keep<'_>| if let Keep::Largest(k) = keep { *k } else { usize::MAX / 2 };
+    let mut tile = Tile {
+        main: vec![Largest::new(k(&selection.keep)); n_rows],
+        dead: vec![Largest::new(selection.dead.map_or(0, |(_, k)| k)); n_rows],
+    };
+    for first in latents.clone().step_by(TILE_LATENTS) {
+        let block = first..(first + TILE_LATENTS).min(latents.end);
+        let len = block.len();
+        z.resize(n_rows * len, 0.0f32);
+        let weights = Matrix::new(&params.tensors.w_enc[first * d..block.end * d], len, d)?;
+        product(z, Matrix::new(rows, n_rows, d)?, weights.transposed(), 1.0, false, 1)?;
+        vectorised(|| thin_out(z, &params.tensors.b_enc[block.clone()], block.clone(), selection, &mut tile));
+    }
+    Ok(tile)
 }
 
 #[inline(always)]
-fn compact(z: &[f32], n_rows: usize, b_enc: &[f32], thetas: &[f32], half_window: f32) -> Block {
-    const CHUNK: usize = 32;
-    let mut block = Block { offsets: vec![0], entries: Vec::new() };
-    for ((z, &bias), &theta) in z.chunks_exact(n_rows).zip(b_enc).zip(thetas) {
-        // A screen on the product alone, a little generous; the exact test is made with the bias added.
-        let lowest = theta - half_window;
-        let screen = lowest - bias - 1e-6 * (lowest.abs() + bias.abs());
-        for (chunk_index, chunk) in z.chunks(CHUNK).enumerate() {
-            if !any_above(chunk, screen) {
-                continue;
-            }
-            for (k, &product) in chunk.iter().enumerate() {
-                let z = product + bias;
-                if z > lowest {
-                    #[expect(clippy::cast_possible_truncation, reason = "batches have fewer than 2^32 rows")]
-                    block.entries.push(Entry { row: (chunk_index * CHUNK + k) as u32, z });
+fn thin_out(
+    z: &mut [f32],
+    b_enc: &[f32],
+    block: std::ops::Range<usize>,
+    selection: Selection<'_>,
+    tile: &mut Tile,
+) {
+    let dead: Vec<usize> = match selection.dead {
+        Some((mask, _)) => block.clone().filter(|&latent| mask[latent]).collect(),
+        None => Vec::new(),
+    };
+    #[expect(clippy::cast_possible_truncation, reason = "widths are below 2^32")]
+    let candidate = |latent: usize, z: f32| Candidate { latent: latent as u32, z };
+    for ((z, main), largest_dead) in z.chunks_exact_mut(block.len()).zip(&mut tile.main).zip(&mut tile.dead) {
+        add_scaled(z, 1.0, b_enc);
+        for (k, values) in z.chunks(CHUNK).enumerate() {
+            let first = block.start + k * CHUNK;
+            match selection.keep {
+                Keep::Above(cuts) => {
+                    let cuts = &cuts[first..first + values.len()];
+                    if any_exceeds(values, cuts) {
+                        for (i, (&z, &cut)) in values.iter().zip(cuts).enumerate() {
+                            if z > cut {
+                                main.kept.push(candidate(first + i, z));
+                            }
+                        }
+                    }
+                }
+                Keep::Largest(_) => {
+                    if any_above(values, main.bound) {
+                        for (i, &z) in values.iter().enumerate() {
+                            main.push(candidate(first + i, z));
+                        }
+                    }
                 }
             }
         }
-        block.offsets.push(block.entries.len());
+        for &latent in &dead {
+            largest_dead.push(candidate(latent, z[latent - block.start]));
+        }
     }
-    block
+}
+
+/// Puts the parts of a tile, latents ascending, together.
+fn merge(parts: Vec<Tile>, selection: Selection<'_>) -> Vec<(Vec<Candidate>, Vec<Candidate>)> {
+    let mut parts = parts.into_iter();
+    let Some(mut whole) = parts.next() else { return Vec::new() };
+    for part in parts {
+        let pairs = whole.main.iter_mut().chain(&mut whole.dead).zip(part.main.into_iter().chain(part.dead));
+        for (into, from) in pairs {
+            let mut kept = from.kept;
+            // Candidates were pushed by ascending latent only until the first thinning.
+            kept.sort_unstable_by_key(|c| c.latent);
+            into.kept.extend(kept);
+        }
+    }
+    let main = whole.main.into_iter().map(|row| match selection.keep {
+        Keep::Above(_) => row.kept,
+        Keep::Largest(_) => row.finish(),
+    });
+    main.zip(whole.dead.into_iter().map(Largest::finish)).collect()
 }

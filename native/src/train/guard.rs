@@ -55,7 +55,7 @@ mod tests {
     use super::*;
 
     fn losses(mse: f64) -> Losses {
-        Losses { mse, sparsity: 0.0, l0: 1.0 }
+        Losses { mse, reconstruction: mse, sparsity: 0.0, auxiliary: 0.0, l0: 1.0 }
     }
 
     #[test]

@@ -9,20 +9,25 @@ use anyhow::{Context, Result, bail};
 use indicatif::ProgressBar;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use shared::Rows;
 use shared::config::to_toml;
 use shared::config::train::TrainConfig;
+use shared::fold::Scales;
+use shared::loss::{AuxK, DeadPull, MultiTopK, Objective, Prefix, Sparsity};
 use shared::metrics::{Dead, Fvu, L0};
+use shared::{Rows, Sae};
 
 use super::checkpoint::{self, State};
+use super::forward::Forward;
 use super::guard::Guard;
 use super::init;
 use super::log::{Line, Log};
 use super::normalise::Normalisation;
 use super::order::{Batches, Position};
-use super::schedule::settings;
+use super::pressure::Pressure;
+use super::schedule::{betas, rates};
 use super::source::ActivationSource;
-use super::step::{Forward, Settings, Trainer};
+use super::step::{Settings, Trainer};
+use crate::cpu::CpuBackend;
 use crate::files::write_bytes;
 use crate::input_limit;
 use crate::progress;
@@ -138,11 +143,15 @@ impl<'a> Run<'a> {
                 Batches::new(source, &normalisation, config.seed, Position::default(), rows as u64)
                     .fill(rows, &mut sample)?;
                 State {
-                    trainer: Trainer::new(init::params(config, &normalisation, &sample)?),
+                    trainer: Trainer::new(
+                        init::params(config, &normalisation, &sample)?,
+                        config.momentum() > 0.0,
+                    ),
                     position: Position::default(),
                     guard: Guard::default(),
                     dead: Dead::new(config.width),
                     normalisation,
+                    pressure: Pressure::new(config),
                 }
             }
         };
@@ -171,12 +180,17 @@ impl<'a> Run<'a> {
                 bar.abandon();
                 return Err(error);
             }
-            let settings = settings(self.config, self.state.trainer.step);
-            let forward = self.state.trainer.forward(Rows::new(&x, self.source.width())?, &settings)?;
+            let (rows, step) = (Rows::new(&x, self.source.width())?, self.state.trainer.step);
+            let objective = self.objective();
+            let [lr, own_lr] = rates(self.config, step);
+            let settings = Settings { lr, own_lr, betas: betas(self.config), objective: &objective };
+            let forward = self.state.trainer.forward(rows, rows, &objective)?;
             self.state.position = batches.position();
             if self.state.guard.accept(&forward.losses())? {
-                self.state.trainer.update(&forward, &settings);
-                self.state.dead.update_fired(self.config.batch as u64, forward.fired());
+                self.state.trainer.update(&forward, &settings)?;
+                let params = &self.state.trainer.params;
+                self.state.dead.update_fired(self.config.batch as u64, forward.fired(params));
+                self.state.pressure.observe(self.config, step, &forward, params);
                 interval.add(&forward, &settings);
                 bar.inc(self.config.batch as u64);
             }
@@ -199,10 +213,30 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
+    /// The objective of the next step.
+    fn objective(&self) -> Objective {
+        let (config, State { dead, pressure, trainer, .. }) = (self.config, &self.state);
+        let mask = || dead.mask_within(config.dead_window.0);
+        let lengths = config.prefix_lengths();
+        let normaliser = if config.activation.chooses() { self.normalisation.variance() } else { 1.0 };
+        Objective {
+            sparsity: pressure.sparsity(config, trainer.step),
+            prefixes: lengths.into_iter().map(|n_latents| Prefix { n_latents, weight: 1.0 }).collect(),
+            aux_k: (config.aux_k > 0).then(|| AuxK {
+                k: config.aux_k,
+                weight: config.aux_weight,
+                dead: mask(),
+            }),
+            multi: config.multi_topk.then_some(MultiTopK { k: 4 * config.k, weight: 0.125 }),
+            dead_pull: (config.dead_loss > 0.0).then(|| DeadPull { weight: config.dead_loss, dead: mask() }),
+            normaliser,
+        }
+    }
+
     fn write_line(
         &mut self,
         interval: &mut Interval,
-        settings: &Settings,
+        settings: &Settings<'_>,
         waited: Duration,
         bar: &ProgressBar,
     ) -> Result<()> {
@@ -235,8 +269,11 @@ impl<'a> Run<'a> {
         let batch = self.config.batch as u64;
         let State { trainer, guard, dead, .. } = &self.state;
         let (l0, fvu) = self.last_tenth()?;
-        let sae = trainer.params.release(self.normalisation.scale)?;
-        let (held_out_l0, held_out_fvu) = self.held_out()?;
+        let sae = {
+            let scale = self.normalisation.scale;
+            trainer.params.release(Scales { input: scale, output: scale })?
+        };
+        let (held_out_l0, held_out_fvu) = self.held_out(&sae)?;
         #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^53")]
         let metrics = Summary {
             steps: trainer.step,
@@ -284,22 +321,19 @@ impl<'a> Run<'a> {
         Ok((last.iter().map(|l| l.l0).sum::<f64>() / n, last.iter().map(|l| l.fvu).sum::<f64>() / n))
     }
 
-    /// L0 and FVU on vectors that were never trained on, outliers left out as in training.
-    fn held_out(&self) -> Result<(Option<f64>, Option<f64>)> {
+    /// L0 and FVU of the released weights on vectors that were never trained on, outliers left out as in training.
+    fn held_out(&self, sae: &Sae) -> Result<(Option<f64>, Option<f64>)> {
         let width = self.source.width();
-        #[expect(clippy::cast_possible_truncation, reason = "activations are f32")]
-        let inverse = (1.0 / self.normalisation.scale) as f32;
         let raw = self.source.held_out(HELD_OUT_ROWS)?;
         let kept = raw.chunks_exact(width).filter(|row| self.normalisation.keeps(row));
-        let vectors: Vec<f32> = kept.flatten().map(|v| v * inverse).collect();
-        let settings = settings(self.config, self.config.total_steps());
+        let vectors: Vec<f32> = kept.flatten().copied().collect();
+        let backend = CpuBackend::new(sae.clone());
         let (mut l0, mut fvu) = (L0::new(), Fvu::new(width));
         for rows in vectors.chunks(1024 * width) {
             let x = Rows::new(rows, width)?;
-            let forward = self.state.trainer.forward(x, &settings)?;
-            l0.add(x.n_rows() as u64, forward.n_active() as u64);
-            let reconstruction: Vec<f32> = rows.iter().zip(forward.residual()).map(|(x, r)| x + r).collect();
-            fvu.update(x, Rows::new(&reconstruction, width)?)?;
+            let codes = backend.encode(x)?;
+            l0.update(&codes);
+            fvu.update(x, Rows::new(&backend.decode(&codes)?, width)?)?;
         }
         Ok((l0.mean(), fvu.value()))
     }
@@ -323,19 +357,22 @@ impl Interval {
         Self { started, waited, first_step, n_steps: 0, loss: 0.0, mse: 0.0, l0: 0.0, lambda: 0.0 }
     }
 
-    fn add(&mut self, forward: &Forward, settings: &Settings) {
+    fn add(&mut self, forward: &Forward, settings: &Settings<'_>) {
         let losses = forward.losses();
         self.n_steps += 1;
         self.loss += losses.total();
         self.mse += losses.mse;
         self.l0 += losses.l0;
-        self.lambda += settings.sparsity.effective_lambda(losses.l0);
+        self.lambda += match settings.objective.sparsity {
+            Sparsity::Norm { lambda, .. } => lambda,
+            sparsity => sparsity.effective_lambda(losses.l0),
+        };
     }
 
     fn line(
         &self,
         variance: f64,
-        settings: &Settings,
+        settings: &Settings<'_>,
         dead: &Dead,
         config: &TrainConfig,
         skipped: u64,

@@ -1,25 +1,22 @@
-//! Learning rates and the weight of the sparsity term as functions of the step, counted from 0.
+//! Learning rates as functions of the step, counted from 0.
 
-use shared::config::train::TrainConfig;
-use shared::loss::Sparsity;
+use shared::config::train::{LatentFunction, TrainConfig};
 
-use super::step::Settings;
+use super::adam::Betas;
 
-/// The settings of step `step` of a run.
+/// Learning rates of a step: of weights and biases, and of the parameters of the latent function.
 #[must_use]
-pub fn settings(config: &TrainConfig, step: u64) -> Settings {
+pub fn rates(config: &TrainConfig, step: u64) -> [f64; 2] {
     let factor = lr_factor(config, step);
-    let ramp = ramp(step, config.sparsity_warmup_steps);
-    let sparsity = match config.target_l0 {
-        Some(target) => Sparsity::Target { lambda: ramp * config.target_weight, target },
-        None => Sparsity::Fixed { lambda: ramp * config.lambda.unwrap_or(0.0) },
-    };
-    Settings {
-        lr: config.lr * factor,
-        threshold_lr: config.threshold_lr * factor,
-        bandwidth: config.bandwidth,
-        sparsity,
-    }
+    // A gate's own parameters are a scale and a bias like any other.
+    let own = if config.activation == LatentFunction::JumpRelu { config.threshold_lr } else { config.lr };
+    [config.lr * factor, own * factor]
+}
+
+/// The optimiser's constants.
+#[must_use]
+pub fn betas(config: &TrainConfig) -> Betas {
+    Betas { first: config.momentum(), second: config.beta2, eps: config.adam_eps }
 }
 
 /// Cosine warm-up from a tenth (arXiv 2408.05147 §3.2), then constant, then linear to zero at the very end.
@@ -33,7 +30,7 @@ fn lr_factor(config: &TrainConfig, step: u64) -> f64 {
 }
 
 /// Linear from 0 at step 0 to 1 at step `over`.
-fn ramp(step: u64, over: u64) -> f64 {
+pub(super) fn ramp(step: u64, over: u64) -> f64 {
     if step >= over { 1.0 } else { to_f64(step) / to_f64(over) }
 }
 
@@ -63,23 +60,13 @@ mod tests {
 
     #[test]
     fn known_values() {
-        let lr = |step| settings(&config(), step).lr / 7e-5;
+        let lr = |step| rates(&config(), step)[0] / 7e-5;
         for (step, want) in [(0, 0.1), (500, 0.55), (1000, 1.0), (8000, 1.0), (9000, 0.5), (9999, 0.0005)] {
             assert!((lr(step) - want).abs() < 1e-9, "step {step}: {} against {want}", lr(step));
         }
-        let at = |step| settings(&config(), step);
-        assert_eq!(at(0).sparsity, Sparsity::Fixed { lambda: 0.0 });
-        assert_eq!(at(1000).sparsity, Sparsity::Fixed { lambda: 3e-4 });
-        assert_eq!(at(5000).sparsity, Sparsity::Fixed { lambda: 6e-4 });
-        assert!((at(9000).threshold_lr - 5e-4).abs() < 1e-12);
-    }
-
-    #[test]
-    fn a_target_is_pulled_at_with_its_weight() {
-        let config = TrainConfig { lambda: None, target_l0: Some(40.0), target_weight: 2.0, ..config() };
-        let Sparsity::Target { lambda, target } = settings(&config, 1000).sparsity else {
-            panic!("no target")
-        };
-        assert_eq!((lambda, target), (1.0, 40.0));
+        assert!((rates(&config(), 9000)[1] - 5e-4).abs() < 1e-12);
+        let gated = TrainConfig { activation: LatentFunction::Gated, ..config() };
+        assert_eq!(rates(&gated, 5000), [7e-5; 2]);
+        assert_eq!([ramp(0, 2000), ramp(1000, 2000), ramp(5000, 2000), ramp(0, 0)], [0.0, 0.5, 1.0, 1.0]);
     }
 }

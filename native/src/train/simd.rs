@@ -46,6 +46,12 @@ pub(crate) fn any_above(values: &[f32], limit: f32) -> bool {
     values.iter().fold(0u32, |hit, &v| hit | u32::from(v > limit)) != 0
 }
 
+/// Whether any value is above the limit at its place.
+#[inline(always)]
+pub(crate) fn any_exceeds(values: &[f32], limits: &[f32]) -> bool {
+    values.iter().zip(limits).fold(0u32, |hit, (&v, &limit)| hit | u32::from(v > limit)) != 0
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -63,6 +69,7 @@ mod tests {
             let top = a.iter().copied().fold(f32::MIN, f32::max);
             assert_eq!(vectorised(|| any_above(&a, 0.9)), top > 0.9);
             assert!(!vectorised(|| any_above(&a, top)));
+            assert_eq!(vectorised(|| any_exceeds(&a, &b)), a.iter().zip(&b).any(|(a, b)| a > b));
         }
     }
 }

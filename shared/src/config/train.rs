@@ -41,6 +41,36 @@ pub enum DecoderBiasInit {
     Zero,
 }
 
+/// The latent function that is trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LatentFunction {
+    /// `max(z, 0)` under a norm penalty.
+    Relu,
+    /// A trained threshold for each latent (arXiv 2407.14435).
+    JumpRelu,
+    /// A gate and a magnitude path (arXiv 2404.16014), released as a JumpReLU.
+    Gated,
+    /// The `k` largest of a row (arXiv 2406.04093).
+    TopK,
+    /// The `k · batch` largest of a batch (arXiv 2412.06410), released as a JumpReLU with one threshold.
+    BatchTopK,
+}
+
+impl LatentFunction {
+    /// Whether a number of latents is chosen, rather than a penalty balanced.
+    #[must_use]
+    pub fn chooses(self) -> bool {
+        matches!(self, Self::TopK | Self::BatchTopK)
+    }
+
+    /// Whether sparsity comes from a norm of the latents.
+    #[must_use]
+    pub fn has_norm(self) -> bool {
+        matches!(self, Self::Relu | Self::Gated)
+    }
+}
+
 /// Configuration of a training run; every key has a default except what names the data.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -50,15 +80,39 @@ pub struct TrainConfig {
     pub tap: Option<TapPoint>,
     /// Number of latents.
     pub width: usize,
-    /// Mean number of active latents to reach and hold; exclusive with `lambda`.
+    /// The latent function: `jumprelu`, `topk`, `batchtopk`, `gated` or `relu`.
+    pub activation: LatentFunction,
+    /// Active latents a row of `topk` and `batchtopk`.
+    pub k: usize,
+    /// Mean number of active latents to reach and hold; exclusive with `lambda`. A JumpReLU gets a quadratic term in its L0;
+    /// where a norm is penalised, its weight is steered.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_l0: Option<f64>,
-    /// λ of the term `λ‖f‖₀`; exclusive with `target_l0`.
+    /// λ of the sparsity term, `λ‖f‖₀` for a JumpReLU, `λ Σ f^p` for `relu` and `gated`; exclusive with `target_l0`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lambda: Option<f64>,
     /// Weight of `(L̄0/L0* − 1)²` when `target_l0` is given. Large enough that the L0 at which it balances the
     /// reconstruction lies within a few per cent of the target, whatever the data.
     pub target_weight: f64,
+    /// Whether a norm penalty weighs each latent by the length of its direction, which is then free (RI-L1); else directions
+    /// have length 1.
+    pub decoder_norm: bool,
+    /// The p that the norm penalty is annealed to from 1 (p-annealing, arXiv 2408.00113 §4); 1 = L1 throughout.
+    pub p_end: f64,
+    /// Share of the run after which p begins to fall.
+    pub p_start: f64,
+    /// Steps in which p falls.
+    pub p_updates: u32,
+    /// Nested dictionaries (Matryoshka), as ascending shares of the width that end with 1; empty = none.
+    pub prefixes: Vec<f64>,
+    /// Dead latents that reconstruct what is left of a row (AuxK); 0 = none.
+    pub aux_k: usize,
+    /// Weight of AuxK, 1/32 as published.
+    pub aux_weight: f64,
+    /// Whether the 4k largest reconstruct too, at a weight of 1/8 (multi-TopK); `topk` only.
+    pub multi_topk: bool,
+    /// Weight of the loss that pulls dead latents towards their thresholds; 0 = none. `jumprelu` only.
+    pub dead_loss: f64,
     /// Training tokens (vectors) in all, repeats counted; a whole number of batches is taken.
     pub tokens: Count,
     /// Steps in all, instead of `tokens`.
@@ -70,6 +124,14 @@ pub struct TrainConfig {
     pub seed: u64,
     /// Learning rate of weights and biases.
     pub lr: f64,
+    /// Adam's β₁; left out: 0 for `jumprelu` and `gated`, 0.9 for the others, as published. With 0 there is no first moment to
+    /// store, and latents without gradient are left alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub beta1: Option<f64>,
+    /// Adam's β₂.
+    pub beta2: f64,
+    /// Adam's ε.
+    pub adam_eps: f64,
     /// Learning rate of the threshold parameter. Under Adam a log θ moves by about this much a step, so a run
     /// of a few thousand steps needs it well above `lr` for θ to move by more than a few per cent. Seen on
     /// resid.14 of SmolLM2-135M at width 4096, L0* = 40: with 2e-3 (lr 8e-4, ε 0.03) L0 sank to 25 while the random
@@ -113,14 +175,28 @@ impl Default for TrainConfig {
         Self {
             tap: None,
             width: 4096,
+            activation: LatentFunction::JumpRelu,
+            k: 0,
             target_l0: None,
             lambda: None,
             target_weight: 10.0,
+            decoder_norm: false,
+            p_end: 1.0,
+            p_start: 0.27,
+            p_updates: 10,
+            prefixes: Vec::new(),
+            aux_k: 0,
+            aux_weight: 1.0 / 32.0,
+            multi_topk: false,
+            dead_loss: 0.0,
             tokens: Count(6_000_000),
             steps: None,
             batch: 1024,
             seed: 0,
             lr: 8e-4,
+            beta1: None,
+            beta2: 0.999,
+            adam_eps: 1e-8,
             threshold_lr: 1e-2,
             lr_warmup_steps: 100,
             lr_decay_share: 0.3,
@@ -155,6 +231,29 @@ impl TrainConfig {
         let l0 =
             if self.init_l0 > 0.0 { self.init_l0 } else { self.target_l0.map_or(width / 64.0, |t| 2.0 * t) };
         l0.clamp(0.5, width / 2.0)
+    }
+
+    /// β₁ of the run.
+    #[must_use]
+    pub fn momentum(&self) -> f64 {
+        let published = match self.activation {
+            LatentFunction::JumpRelu | LatentFunction::Gated => 0.0,
+            LatentFunction::Relu | LatentFunction::TopK | LatentFunction::BatchTopK => 0.9,
+        };
+        self.beta1.unwrap_or(published)
+    }
+
+    /// Lengths of the nested dictionaries, the whole last; empty when there are none.
+    #[must_use]
+    pub fn prefix_lengths(&self) -> Vec<usize> {
+        #[expect(
+            clippy::cast_precision_loss,
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "widths are far below 2^53"
+        )]
+        let length = |share: &f64| (share * self.width as f64).round() as usize;
+        self.prefixes.iter().map(length).collect()
     }
 
     /// Checks what types cannot say, key by key and across keys.
@@ -205,6 +304,10 @@ impl TrainConfig {
         }
         #[expect(clippy::cast_precision_loss, reason = "widths are far below 2^53")]
         let width = self.width as f64;
+        self.check_variant()?;
+        if self.activation.chooses() {
+            return Ok(());
+        }
         match (self.target_l0, self.lambda) {
             (Some(target), None) if target > 0.0 && target < width => Ok(()),
             (Some(target), None) => {
@@ -217,6 +320,62 @@ impl TrainConfig {
                 Err(ConfigError::value("lambda", lambda, "no lambda beside a target_l0"))
             }
         }
+    }
+
+    /// Keys that only some latent functions know.
+    fn check_variant(&self) -> Result<(), ConfigError> {
+        let name = toml::Value::try_from(self.activation).map_or_else(|_| String::new(), |v| v.to_string());
+        let only = |key, used: bool, fits: bool, value: String| {
+            let expected = format!("nothing: activation is {name}");
+            if used && !fits { Err(ConfigError::value(key, value, expected)) } else { Ok(()) }
+        };
+        let (norm, chooses) = (self.activation.has_norm(), self.activation.chooses());
+        let jump = self.activation == LatentFunction::JumpRelu;
+        only("k", self.k > 0, chooses, self.k.to_string())?;
+        let sparsity = self.target_l0.or(self.lambda);
+        let key = if self.target_l0.is_some() { "target_l0" } else { "lambda" };
+        only(key, sparsity.is_some(), !chooses, format!("{sparsity:?}"))?;
+        only("decoder_norm", self.decoder_norm, norm, "true".to_owned())?;
+        only("p_end", self.p_end < 1.0, norm, self.p_end.to_string())?;
+        only("multi_topk", self.multi_topk, self.activation == LatentFunction::TopK, "true".to_owned())?;
+        only("dead_loss", self.dead_loss > 0.0, jump, self.dead_loss.to_string())?;
+        if chooses && !(1..=self.width).contains(&self.k) {
+            return Err(ConfigError::value("k", self.k, "from 1 to the width"));
+        }
+        if !(self.p_end > 0.0 && self.p_end <= 1.0) {
+            return Err(ConfigError::value("p_end", self.p_end, "above 0 and at most 1"));
+        }
+        if !(0.0..1.0).contains(&self.p_start) || self.p_updates == 0 {
+            return Err(ConfigError::value(
+                "p_start",
+                self.p_start,
+                "from 0 to below 1, with p_updates at least 1",
+            ));
+        }
+        if self.aux_k > self.width {
+            return Err(ConfigError::value("aux_k", self.aux_k, "at most the width"));
+        }
+        for (key, value) in [("aux_weight", self.aux_weight), ("dead_loss", self.dead_loss)] {
+            if !(value.is_finite() && value >= 0.0) {
+                return Err(ConfigError::value(key, value, "a number of at least 0"));
+            }
+        }
+        for (key, value) in [("beta1", self.momentum()), ("beta2", self.beta2)] {
+            if !(0.0..1.0).contains(&value) {
+                return Err(ConfigError::value(key, value, "from 0 to below 1"));
+            }
+        }
+        let lengths = self.prefix_lengths();
+        let ascending = lengths.windows(2).all(|pair| pair[0] < pair[1]);
+        if !lengths.is_empty() && !(ascending && lengths[0] > 0 && lengths.last() == Some(&self.width)) {
+            let value = format!("{:?}", self.prefixes);
+            return Err(ConfigError::value(
+                "prefixes",
+                value,
+                "ascending shares of the width that end with 1",
+            ));
+        }
+        Ok(())
     }
 }
 
@@ -238,6 +397,9 @@ mod tests {
             let config = from(text).unwrap();
             assert_eq!(from(&to_toml(&config).unwrap()).unwrap(), config);
         }
+        let topk = from("activation = 'topk'\nk = 32\naux_k = 256\nprefixes = [0.25, 1.0]").unwrap();
+        assert_eq!((topk.prefix_lengths(), topk.momentum()), (vec![1024, 4096], 0.9));
+        assert_eq!(from(&to_toml(&topk).unwrap()).unwrap(), topk);
         let quantile =
             from("target_l0 = 40\nthreshold_init = 'quantile'\ntokens = '1M'\nbatch = 1000").unwrap();
         assert_eq!((quantile.total_steps(), quantile.initial_l0()), (1000, 80.0));
@@ -257,6 +419,18 @@ mod tests {
             ("target_l0 = 40\nlr_decay_share = 2.0", "lr_decay_share"),
             ("target_l0 = 40\nwith = 3", "with"),
             ("target_l0 = 40\nthreshold_init = 'median'", "threshold_init"),
+            ("activation = 'topk'", "k"),
+            ("activation = 'topk'\nk = 5000", "k"),
+            ("activation = 'topk'\nk = 32\ntarget_l0 = 40", "target_l0"),
+            ("k = 32\ntarget_l0 = 40", "k"),
+            ("target_l0 = 40\ndecoder_norm = true", "decoder_norm"),
+            ("target_l0 = 40\np_end = 0.2", "p_end"),
+            ("activation = 'gated'\nlambda = 0.1\np_end = 0.0", "p_end"),
+            ("activation = 'batchtopk'\nk = 32\nmulti_topk = true", "multi_topk"),
+            ("activation = 'topk'\nk = 32\nprefixes = [0.5, 0.25, 1.0]", "prefixes"),
+            ("activation = 'topk'\nk = 32\nprefixes = [0.5]", "prefixes"),
+            ("activation = 'topk'\nk = 32\nbeta1 = 1.0", "beta1"),
+            ("activation = 'topk'\nk = 32\ndead_loss = 1.0", "dead_loss"),
         ] {
             let error = from(text).unwrap_err().to_string();
             assert!(error.contains(key), "{text}: {error}");

@@ -86,6 +86,13 @@ impl Dead {
         ratio(dead, self.last_fired.len() as u64).filter(|_| self.n_rows > 0)
     }
 
+    /// Which latents did not fire in the last `window` rows, `[n]`; none as long as fewer rows were seen.
+    #[must_use]
+    pub fn mask_within(&self, window: u64) -> Vec<bool> {
+        let horizon = self.n_rows.checked_sub(window);
+        self.last_fired.iter().map(|&row| horizon.is_some_and(|horizon| row <= horizon)).collect()
+    }
+
     /// The share of latents that never fired; `None` before the first row.
     #[must_use]
     pub fn share(&self) -> Option<f64> {
@@ -118,6 +125,8 @@ mod tests {
         assert_eq!(dead.share_within(1), Some(0.5));
         assert_eq!(dead.share_within(2), Some(0.5));
         assert_eq!(dead.share_within(3), Some(0.25));
+        assert_eq!(dead.mask_within(2), [true, false, false, true]);
+        assert_eq!(dead.mask_within(4), [false; 4]);
         let mut resumed = Dead::resume(dead.n_rows(), dead.last_fired().to_vec()).unwrap();
         resumed.update(&rows(&[&[3]])).unwrap();
         assert_eq!((resumed.share(), resumed.share_within(1)), (Some(0.0), Some(0.75)));
