@@ -1,7 +1,8 @@
 //! `stratascope train` killed at any point and run again ends with the weights of an uninterrupted run.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests assert by panicking")]
 
-use std::collections::HashMap;
+mod support;
+
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -10,9 +11,8 @@ use std::time::{Duration, Instant};
 
 use native::stop::StopFlag;
 use native::train::{ActivationSource, VectorsFile, run};
-use safetensors::Dtype;
-use safetensors::tensor::TensorView;
 use shared::config::resolve;
+use support::write_vectors;
 
 const CONFIG: &str = "STRATASCOPE_TEST_TRAIN_CONFIG";
 const VECTORS: &str = "STRATASCOPE_TEST_TRAIN_VECTORS";
@@ -28,33 +28,6 @@ fn train_in_this_process() {
     };
     let source: Arc<dyn ActivationSource> = Arc::new(VectorsFile::open(Path::new(&vectors)).unwrap());
     run(&source, &resolve(&text, &[]).unwrap(), Path::new(&out), &StopFlag::default()).unwrap();
-}
-
-/// Sparse sums of 24 directions in 16 dimensions, with some noise, and one vector a thousand times as long.
-fn write_vectors(path: &Path) {
-    let mut state = 5u64;
-    let mut uniform = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 40) as f32 / (1u32 << 24) as f32
-    };
-    let directions: Vec<f32> = (0..24 * 16).map(|_| uniform() - 0.5).collect();
-    let mut x = Vec::new();
-    for row in 0..3000 {
-        let mut v: Vec<f32> = (0..16).map(|_| 0.02 * (uniform() - 0.5)).collect();
-        for direction in directions.chunks_exact(16) {
-            let weight = if uniform() < 0.1 { 0.5 + uniform() } else { 0.0 };
-            v.iter_mut().zip(direction).for_each(|(v, d)| *v += weight * d);
-        }
-        let size = if row == 1234 { 1000.0 } else { 1.0 };
-        x.extend(v.into_iter().map(|v| v * size));
-    }
-    let bytes: Vec<u8> = x.iter().flat_map(|v| v.to_le_bytes()).collect();
-    let held: Vec<u8> = x[..500 * 16].iter().flat_map(|v| v.to_le_bytes()).collect();
-    let views = HashMap::from([
-        ("x", TensorView::new(Dtype::F32, vec![3000, 16], &bytes).unwrap()),
-        ("held_out", TensorView::new(Dtype::F32, vec![500, 16], &held).unwrap()),
-    ]);
-    fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
 }
 
 const KEYS: &str = "width = 64\ntarget_l0 = 4.0\nsteps = 1200\nbatch = 128\nseed = 3\ncheckpoint_every = 37\nlog_every = 50\n";

@@ -2,19 +2,20 @@
 
 use std::fs;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::json;
 use shared::config::harvest::HarvestConfig;
 use shared::config::train::TrainConfig;
-use shared::config::{Count, Override, resolve};
+use shared::config::{Count, Override, expand, resolve};
 use shared::tap::TapPoint;
 
 use crate::harvest::Live;
 use crate::model;
 use crate::stop::StopFlag;
-use crate::train::{ActivationSource, LiveTap, StoreTap, Summary, VectorsFile, run as train};
+use crate::train::{ActivationSource, Job, LiveTap, StoreTap, Summary, VectorsFile, run_all};
 
 /// Arguments of `train`.
 #[derive(Debug, clap::Args)]
@@ -40,7 +41,8 @@ pub(crate) struct Args {
     /// Where the autoencoder, log and checkpoints go; a run interrupted there goes on.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// A TOML file of any of the keys below and more; see configs/.
+    /// A TOML file of any of the keys below and more; see configs/. With `[[sae]]` tables, each with a name and keys of its
+    /// own, it trains many autoencoders from one stream, each in a folder of its name.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Set any key of the configuration, after the file and the flags.
@@ -49,10 +51,16 @@ pub(crate) struct Args {
     /// Number of latents.
     #[arg(long, value_name = "N")]
     width: Option<usize>,
-    /// Mean number of active latents to reach and hold.
+    /// The latent function: jumprelu (default), topk, batchtopk, gated or relu.
+    #[arg(long, value_name = "NAME")]
+    activation: Option<String>,
+    /// Active latents a vector, for topk and batchtopk.
+    #[arg(short, value_name = "K", conflicts_with_all = ["target_l0", "lambda"])]
+    k: Option<usize>,
+    /// Mean number of active latents to reach and hold, for jumprelu, gated and relu.
     #[arg(long, value_name = "L0", conflicts_with = "lambda")]
     target_l0: Option<f64>,
-    /// Weight of the L0 term, instead of a target.
+    /// Weight of the sparsity term, instead of a target.
     #[arg(long)]
     lambda: Option<f64>,
     /// Training tokens in all, repeats counted, such as 6M.
@@ -73,13 +81,25 @@ pub(crate) struct Args {
 }
 
 impl Args {
-    fn resolve(&self) -> Result<TrainConfig> {
-        let text = match &self.config {
-            Some(path) => {
-                fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?
-            }
-            None => String::new(),
+    /// The autoencoders to train: one, or those of the file's `[[sae]]` tables.
+    fn jobs(&self) -> Result<Vec<Job>> {
+        let (text, named) = match &self.config {
+            Some(path) => (
+                fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?,
+                path.display().to_string(),
+            ),
+            None => (String::new(), "options".to_owned()),
         };
+        let texts = expand(&text, "sae").with_context(|| named.clone())?;
+        let job = |(name, text): (Option<String>, String)| {
+            let place = name.as_ref().map_or_else(|| named.clone(), |name| format!("{named}, {name}"));
+            let out = name.as_ref().map_or_else(|| self.out.clone(), |name| self.out.join(name));
+            Ok(Job { name: name.unwrap_or_default(), config: self.resolve(&text).context(place)?, out })
+        };
+        texts.into_iter().map(job).collect()
+    }
+
+    fn resolve(&self, text: &str) -> Result<TrainConfig> {
         let mut overrides = Vec::new();
         let mut put = |key: &str, value: Option<toml::Value>| {
             overrides.extend(value.map(|value| Override::new(key, value)));
@@ -87,6 +107,8 @@ impl Args {
         let integer = |n: u64| toml::Value::Integer(i64::try_from(n).unwrap_or(i64::MAX));
         put("tap", self.tap.map(|tap| tap.to_string().into()));
         put("width", self.width.map(|n| integer(n as u64)));
+        put("activation", self.activation.clone().map(Into::into));
+        put("k", self.k.map(|k| integer(k as u64)));
         put("target_l0", self.target_l0.map(Into::into));
         put("lambda", self.lambda.map(Into::into));
         put("tokens", self.tokens.map(|n| integer(n.0)));
@@ -96,9 +118,7 @@ impl Args {
         for text in &self.set {
             overrides.push(Override::parse(text)?);
         }
-        let mut config: TrainConfig = resolve(&text, &overrides).with_context(|| {
-            self.config.as_ref().map_or("options".to_owned(), |p| p.display().to_string())
-        })?;
+        let mut config: TrainConfig = resolve(text, &overrides)?;
         // A flag chooses between alternatives that the file may have chosen otherwise.
         if self.target_l0.is_some() {
             config.lambda = None;
@@ -139,34 +159,62 @@ impl Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let config = args.resolve()?;
+    let jobs = args.jobs()?;
     let stop = StopFlag::from_signals()?;
+    let tap = jobs.first().and_then(|job| job.config.tap);
     let source: Arc<dyn ActivationSource> = match (&args.vectors, &args.store) {
         (Some(path), _) => Arc::new(VectorsFile::open(path)?),
-        (None, Some(folder)) => Arc::new(StoreTap::open(folder, config.tap)?),
-        (None, None) => Arc::new(args.live(config.tap, &stop)?),
+        (None, Some(folder)) => Arc::new(StoreTap::open(folder, tap)?),
+        (None, None) => Arc::new(args.live(tap, &stop)?),
     };
-    tracing::info!(
-        "{} latents over {} values, {} steps of {} vectors from {}, on {} threads",
-        config.width,
-        source.width(),
-        config.total_steps(),
-        config.batch,
-        source.n_vectors(),
-        rayon::current_num_threads(),
-    );
-    let summary = train(&source, &config, &args.out, &stop)?;
-    let mut stdout = std::io::stdout().lock();
-    if args.json {
-        serde_json::to_writer(&mut stdout, &summary)?;
-        writeln!(stdout)?;
-    } else {
-        write!(stdout, "{}", describe(&summary, args))?;
+    for Job { name, config, .. } in &jobs {
+        tracing::info!(
+            "{name}{}{} latents over {} values, {} steps of {} vectors from {}, on {} threads",
+            if name.is_empty() { "" } else { ": " },
+            config.width,
+            source.width(),
+            config.total_steps(),
+            config.batch,
+            source.n_vectors(),
+            rayon::current_num_threads(),
+        );
     }
+    let mut results = run_all(&source, &jobs, &stop)?;
+    let mut stdout = std::io::stdout().lock();
+    if jobs[0].name.is_empty()
+        && let Some(result) = results.pop()
+    {
+        let summary = result?;
+        if args.json {
+            serde_json::to_writer(&mut stdout, &summary)?;
+            writeln!(stdout)?;
+        } else {
+            write!(stdout, "{}", describe(&summary, &args.out))?;
+        }
+        return Ok(());
+    }
+    let mut failed = 0;
+    for (job, result) in jobs.iter().zip(results) {
+        match result {
+            Ok(summary) if args.json => {
+                writeln!(stdout, "{}", json!({ "name": job.name, "summary": summary }))?;
+            }
+            Ok(summary) => write!(stdout, "{}: {}", job.name, describe(&summary, &job.out))?,
+            Err(error) => {
+                failed += 1;
+                tracing::error!("{}: {error:#}", job.name);
+            }
+        }
+    }
+    ensure!(
+        failed == 0,
+        "{failed} of {} autoencoders failed; run the same command again to resume",
+        jobs.len()
+    );
     Ok(())
 }
 
-fn describe(summary: &Summary, args: &Args) -> String {
+fn describe(summary: &Summary, out: &Path) -> String {
     let mut text = format!(
         "trained {} tokens in {} steps at {:.0} tokens/s: L0 {:.1}, FVU {:.4}, dead {:.1} %\n",
         summary.tokens,
@@ -182,5 +230,5 @@ fn describe(summary: &Summary, args: &Args) -> String {
     if summary.skipped > 0 {
         text += &format!("{} batches were not learned from\n", summary.skipped);
     }
-    text + &format!("written to {}\n", args.out.display())
+    text + &format!("written to {}\n", out.display())
 }

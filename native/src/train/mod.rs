@@ -1,6 +1,6 @@
 //! Training autoencoders on the CPU, from a store of activations or straight from a language model.
 //!
-//! [`run`] is the loop; [`step`] is one step, sparse after the encoder product: `encode` and `forward` find what is active and
+//! [`suite`] is the loop, over one autoencoder or many; [`step`] is one step, sparse after the encoder product: `encode` and `forward` find what is active and
 //! decode it, `latent` finds and applies the gradients of one latent; [`params`], [`adam`], [`init`], [`schedule`] and
 //! [`pressure`] are what a step changes and by how much; [`source`], [`vectors`], [`live`],
 //! [`normalise`] and [`order`] say which vectors come when; [`guard`] keeps bad batches out; [`checkpoint`] and [`log`] are what a run leaves
@@ -12,6 +12,7 @@ mod encode;
 mod forward;
 pub mod guard;
 pub mod init;
+mod interval;
 mod latent;
 pub mod live;
 pub mod log;
@@ -19,18 +20,20 @@ pub mod normalise;
 pub mod order;
 pub mod params;
 pub mod pressure;
-pub mod run;
+mod run;
 pub mod schedule;
 pub(crate) mod simd;
 pub mod source;
 pub mod step;
+pub mod suite;
 pub mod vectors;
 
 pub use adam::Betas;
 pub use forward::Forward;
 pub use live::LiveTap;
 pub use params::{Latents, Moments, Params, Tensors};
-pub use run::{Summary, run};
+pub use run::Summary;
 pub use source::{ActivationSource, Statistics, StoreTap};
 pub use step::{Settings, Trainer};
+pub use suite::{Job, run, run_all};
 pub use vectors::VectorsFile;

@@ -17,7 +17,7 @@ use super::normalise::Normalisation;
 use super::source::ActivationSource;
 
 /// Where the next row comes from.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Position {
     /// Passes over all data completed.

@@ -1,4 +1,6 @@
-//! The loop: next batch, forward, update; log and checkpoint in between; the trained autoencoder at the end.
+//! One autoencoder in training: batch by batch forward and update, log and checkpoints in between, weights at the end.
+//!
+//! [`super::suite`] brings the batches.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,20 +8,19 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use indicatif::ProgressBar;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use shared::config::to_toml;
 use shared::config::train::TrainConfig;
 use shared::fold::Scales;
-use shared::loss::{AuxK, DeadPull, MultiTopK, Objective, Prefix, Sparsity};
+use shared::loss::{AuxK, DeadPull, MultiTopK, Objective, Prefix};
 use shared::metrics::{Dead, Fvu, L0};
 use shared::{Rows, Sae};
 
 use super::checkpoint::{self, State};
-use super::forward::Forward;
 use super::guard::Guard;
 use super::init;
+use super::interval::Interval;
 use super::log::{Line, Log};
 use super::normalise::Normalisation;
 use super::order::{Batches, Position};
@@ -30,9 +31,7 @@ use super::step::{Settings, Trainer};
 use crate::cpu::CpuBackend;
 use crate::files::write_bytes;
 use crate::input_limit;
-use crate::progress;
 use crate::sae_files::{SaeFile, SaeFormat, write as write_sae};
-use crate::stop::{StopFlag, Stopped};
 
 /// Held-out vectors that the final metrics are taken on.
 const HELD_OUT_ROWS: usize = 20_000;
@@ -74,31 +73,8 @@ struct RunFile {
     metrics: Summary,
 }
 
-/// Trains on `source` into folder `out`, going on where an interrupted run stopped.
-///
-/// # Errors
-/// If data cannot be read, the folder belongs to another run, too many batches are bad, the disk refuses, or
-/// a stop was asked for ([`Stopped`], after a checkpoint).
-pub fn run(
-    source: &Arc<dyn ActivationSource>,
-    config: &TrainConfig,
-    out: &Path,
-    stop: &StopFlag,
-) -> Result<Summary> {
-    config.check()?;
-    let identity = checkpoint::identity(config, source.provenance())?;
-    if let Some(summary) = finished(out, &identity)? {
-        tracing::info!("{} is already trained with this configuration and data", out.display());
-        return Ok(summary);
-    }
-    let mut run = Run::start(source, config, out, identity)?;
-    write_bytes(&out.join("config.toml"), to_toml(config)?.as_bytes())?;
-    run.train(stop)?;
-    run.finish()
-}
-
 /// The summary of a finished run in `out`.
-fn finished(out: &Path, identity: &Value) -> Result<Option<Summary>> {
+pub(super) fn finished(out: &Path, identity: &Value) -> Result<Option<Summary>> {
     let path = out.join("run.json");
     if !path.exists() {
         return Ok(None);
@@ -112,41 +88,60 @@ fn finished(out: &Path, identity: &Value) -> Result<Option<Summary>> {
     Ok(Some(file.metrics))
 }
 
-struct Run<'a> {
+/// What the first steps of every run over the same data need of it.
+#[derive(Debug, Clone)]
+pub(super) struct Beginning {
+    pub(super) normalisation: Normalisation,
+    /// Normalised rows.
+    pub(super) sample: Vec<f32>,
+}
+
+impl Beginning {
+    /// Measures `source`.
+    pub(super) fn measure(source: &Arc<dyn ActivationSource>, config: &TrainConfig) -> Result<Self> {
+        let normalisation = Normalisation::measure(&**source, config.max_norm)?;
+        let mut sample = Vec::new();
+        let rows = usize::try_from(source.n_vectors())?.min(init::SAMPLE_ROWS);
+        Batches::new(source, &normalisation, config.seed, Position::default(), rows as u64)
+            .fill(rows, &mut sample)?;
+        Ok(Self { normalisation, sample })
+    }
+}
+
+/// One autoencoder in training.
+pub(super) struct Run<'a> {
     source: &'a Arc<dyn ActivationSource>,
-    normalisation: Normalisation,
     config: &'a TrainConfig,
     out: PathBuf,
     identity: Value,
     state: State,
     log: Log,
+    interval: Interval,
     started: Instant,
     first_step: u64,
+    /// The last line of the log, for people.
+    pub(super) message: String,
 }
 
 impl<'a> Run<'a> {
-    fn start(
+    /// Goes on from the checkpoint in `out`, or begins.
+    pub(super) fn start(
         source: &'a Arc<dyn ActivationSource>,
         config: &'a TrainConfig,
         out: &Path,
         identity: Value,
+        beginning: impl FnOnce() -> Result<Beginning>,
     ) -> Result<Self> {
         let state = match checkpoint::load(out, config, source.width(), &identity)? {
             Some(state) => {
-                tracing::info!("going on from step {}", state.trainer.step);
+                tracing::info!("{}: going on from step {}", out.display(), state.trainer.step);
                 state
             }
             None => {
-                let normalisation = Normalisation::measure(&**source, config.max_norm)?;
-                let mut sample = Vec::new();
-                let rows = usize::try_from(source.n_vectors())?.min(init::SAMPLE_ROWS);
-                Batches::new(source, &normalisation, config.seed, Position::default(), rows as u64)
-                    .fill(rows, &mut sample)?;
+                let Beginning { normalisation, sample } = beginning()?;
+                let params = init::params(config, &normalisation, &sample)?;
                 State {
-                    trainer: Trainer::new(
-                        init::params(config, &normalisation, &sample)?,
-                        config.momentum() > 0.0,
-                    ),
+                    trainer: Trainer::new(params, config.momentum() > 0.0),
                     position: Position::default(),
                     guard: Guard::default(),
                     dead: Dead::new(config.width),
@@ -155,62 +150,67 @@ impl<'a> Run<'a> {
                 }
             }
         };
-        let log = Log::open(&out.join("log.jsonl"), state.trainer.step)?;
         let first_step = state.trainer.step;
-        let (out, started) = (out.to_owned(), Instant::now());
-        let normalisation = state.normalisation.clone();
-        Ok(Self { source, normalisation, config, out, identity, state, log, started, first_step })
+        let log = Log::open(&out.join("log.jsonl"), first_step)?;
+        write_bytes(&out.join("config.toml"), to_toml(config)?.as_bytes())?;
+        Ok(Self {
+            source,
+            config,
+            out: out.to_owned(),
+            identity,
+            state,
+            log,
+            interval: Interval::new(first_step, Duration::ZERO),
+            started: Instant::now(),
+            first_step,
+            message: String::new(),
+        })
     }
 
-    fn train(&mut self, stop: &StopFlag) -> Result<()> {
-        let total = self.config.total_steps();
-        let bar = progress::bar(total * self.config.batch as u64, "train", "tokens");
-        bar.set_position(self.state.trainer.step * self.config.batch as u64);
-        bar.reset_eta();
-        let normalisation = self.normalisation.clone();
-        let left = (total - self.state.trainer.step) * self.config.batch as u64;
-        let mut batches =
-            Batches::new(self.source, &normalisation, self.config.seed, self.state.position, left);
-        let (mut x, mut interval) = (Vec::new(), Interval::new(self.state.trainer.step, Duration::ZERO));
-        let mut saved = Instant::now();
-        while self.state.trainer.step < total {
-            if let Err(error) = batches.fill(self.config.batch, &mut x) {
-                // The data failed, not the run: what was learned so far is kept.
-                checkpoint::save(&self.out, &self.state, &self.identity)?;
-                bar.abandon();
-                return Err(error);
-            }
-            let (rows, step) = (Rows::new(&x, self.source.width())?, self.state.trainer.step);
-            let objective = self.objective();
-            let [lr, own_lr] = rates(self.config, step);
-            let settings = Settings { lr, own_lr, betas: betas(self.config), objective: &objective };
-            let forward = self.state.trainer.forward(rows, rows, &objective)?;
-            self.state.position = batches.position();
-            if self.state.guard.accept(&forward.losses())? {
-                self.state.trainer.update(&forward, &settings)?;
-                let params = &self.state.trainer.params;
-                self.state.dead.update_fired(self.config.batch as u64, forward.fired(params));
-                self.state.pressure.observe(self.config, step, &forward, params);
-                interval.add(&forward, &settings);
-                bar.inc(self.config.batch as u64);
-            }
-            let step = self.state.trainer.step;
-            if step.is_multiple_of(self.config.log_every) || step == total {
-                self.write_line(&mut interval, &settings, batches.waited(), &bar)?;
-            }
-            let stopping = stop.is_raised();
-            let due = saved.elapsed() > Duration::from_secs_f64(60.0 * self.config.checkpoint_minutes);
-            if stopping || due || step.is_multiple_of(self.config.checkpoint_every) {
-                checkpoint::save(&self.out, &self.state, &self.identity)?;
-                saved = Instant::now();
-            }
-            if stopping && step < total {
-                bar.abandon();
-                bail!(Stopped);
-            }
+    /// Where the next row comes from.
+    pub(super) fn position(&self) -> Position {
+        self.state.position
+    }
+
+    /// How the data was measured when the run began.
+    pub(super) fn normalisation(&self) -> &Normalisation {
+        &self.state.normalisation
+    }
+
+    /// Steps taken, and left.
+    pub(super) fn steps(&self) -> (u64, u64) {
+        let step = self.state.trainer.step;
+        (step, self.config.total_steps().saturating_sub(step))
+    }
+
+    /// Learns from a batch of normalised rows, after which the stream stands at `position` and has been waited for `waited`.
+    pub(super) fn step(&mut self, rows: Rows<'_>, position: Position, waited: Duration) -> Result<()> {
+        let (config, step) = (self.config, self.state.trainer.step);
+        let objective = self.objective();
+        let [lr, own_lr] = rates(config, step);
+        let settings = Settings { lr, own_lr, betas: betas(config), objective: &objective };
+        let forward = self.state.trainer.forward(rows, rows, &objective)?;
+        self.state.position = position;
+        if self.state.guard.accept(&forward.losses())? {
+            self.state.trainer.update(&forward, &settings)?;
+            let params = &self.state.trainer.params;
+            self.state.dead.update_fired(rows.n_rows() as u64, forward.fired(params));
+            self.state.pressure.observe(config, step, &forward, params);
+            self.interval.add(&forward, &settings);
         }
-        bar.finish_and_clear();
+        let (step, left) = self.steps();
+        if step.is_multiple_of(config.log_every) || left == 0 {
+            self.write_line(&settings, waited)?;
+        }
+        if step.is_multiple_of(config.checkpoint_every) {
+            self.save()?;
+        }
         Ok(())
+    }
+
+    /// Writes a checkpoint.
+    pub(super) fn save(&self) -> Result<()> {
+        checkpoint::save(&self.out, &self.state, &self.identity)
     }
 
     /// The objective of the next step.
@@ -218,7 +218,7 @@ impl<'a> Run<'a> {
         let (config, State { dead, pressure, trainer, .. }) = (self.config, &self.state);
         let mask = || dead.mask_within(config.dead_window.0);
         let lengths = config.prefix_lengths();
-        let normaliser = if config.activation.chooses() { self.normalisation.variance() } else { 1.0 };
+        let normaliser = if config.activation.chooses() { self.state.normalisation.variance() } else { 1.0 };
         Objective {
             sparsity: pressure.sparsity(config, trainer.step),
             prefixes: lengths.into_iter().map(|n_latents| Prefix { n_latents, weight: 1.0 }).collect(),
@@ -233,44 +233,33 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn write_line(
-        &mut self,
-        interval: &mut Interval,
-        settings: &Settings<'_>,
-        waited: Duration,
-        bar: &ProgressBar,
-    ) -> Result<()> {
-        let State { trainer, guard, dead, .. } = &self.state;
-        if interval.n_steps > 0 {
-            let line = interval.line(
-                self.normalisation.variance(),
-                settings,
-                dead,
-                self.config,
-                guard.skipped,
-                trainer.step,
-                waited,
-            );
-            bar.set_message(format!(
+    fn write_line(&mut self, settings: &Settings<'_>, waited: Duration) -> Result<()> {
+        let State { trainer, guard, dead, normalisation, .. } = &self.state;
+        if self.interval.n_steps > 0 {
+            let variance = normalisation.variance();
+            let (skipped, step) = (guard.skipped, trainer.step);
+            let line = self.interval.line(variance, settings, dead, self.config, skipped, step, waited);
+            self.message = format!(
                 "L0 {:.1} · FVU {:.3} · dead {:.1} % · waits for data {:.0} %",
                 line.l0,
                 line.fvu,
                 100.0 * line.dead,
                 100.0 * line.waiting
-            ));
+            );
             self.log.write(&line)?;
         }
-        *interval = Interval::new(trainer.step, waited);
+        self.interval = Interval::new(trainer.step, waited);
         Ok(())
     }
 
-    fn finish(self) -> Result<Summary> {
+    /// Writes the autoencoder and what is to be said of it.
+    pub(super) fn finish(&self) -> Result<Summary> {
         let elapsed = self.started.elapsed().as_secs_f64();
         let batch = self.config.batch as u64;
         let State { trainer, guard, dead, .. } = &self.state;
         let (l0, fvu) = self.last_tenth()?;
         let sae = {
-            let scale = self.normalisation.scale;
+            let scale = self.state.normalisation.scale;
             trainer.params.release(Scales { input: scale, output: scale })?
         };
         let (held_out_l0, held_out_fvu) = self.held_out(&sae)?;
@@ -297,7 +286,7 @@ impl<'a> Run<'a> {
             identity: self.identity.clone(),
             config: self.config.clone(),
             data: self.source.provenance().clone(),
-            scale: self.normalisation.scale,
+            scale: self.state.normalisation.scale,
             max_input_norm: self.max_input_norm(),
             metrics: metrics.clone(),
         };
@@ -307,7 +296,7 @@ impl<'a> Run<'a> {
     }
 
     fn max_input_norm(&self) -> Option<f64> {
-        Some(self.normalisation.limit).filter(|limit| limit.is_finite())
+        Some(self.state.normalisation.limit).filter(|limit| limit.is_finite())
     }
 
     /// L0 and FVU over the log lines of the last tenth of the steps.
@@ -325,7 +314,7 @@ impl<'a> Run<'a> {
     fn held_out(&self, sae: &Sae) -> Result<(Option<f64>, Option<f64>)> {
         let width = self.source.width();
         let raw = self.source.held_out(HELD_OUT_ROWS)?;
-        let kept = raw.chunks_exact(width).filter(|row| self.normalisation.keeps(row));
+        let kept = raw.chunks_exact(width).filter(|row| self.state.normalisation.keeps(row));
         let vectors: Vec<f32> = kept.flatten().copied().collect();
         let backend = CpuBackend::new(sae.clone());
         let (mut l0, mut fvu) = (L0::new(), Fvu::new(width));
@@ -336,65 +325,5 @@ impl<'a> Run<'a> {
             fvu.update(x, Rows::new(&backend.decode(&codes)?, width)?)?;
         }
         Ok((l0.mean(), fvu.value()))
-    }
-}
-
-/// Sums since the last line of the log.
-struct Interval {
-    started: Instant,
-    waited: Duration,
-    first_step: u64,
-    n_steps: u64,
-    loss: f64,
-    mse: f64,
-    l0: f64,
-    lambda: f64,
-}
-
-impl Interval {
-    fn new(first_step: u64, waited: Duration) -> Self {
-        let started = Instant::now();
-        Self { started, waited, first_step, n_steps: 0, loss: 0.0, mse: 0.0, l0: 0.0, lambda: 0.0 }
-    }
-
-    fn add(&mut self, forward: &Forward, settings: &Settings<'_>) {
-        let losses = forward.losses();
-        self.n_steps += 1;
-        self.loss += losses.total();
-        self.mse += losses.mse;
-        self.l0 += losses.l0;
-        self.lambda += match settings.objective.sparsity {
-            Sparsity::Norm { lambda, .. } => lambda,
-            sparsity => sparsity.effective_lambda(losses.l0),
-        };
-    }
-
-    fn line(
-        &self,
-        variance: f64,
-        settings: &Settings<'_>,
-        dead: &Dead,
-        config: &TrainConfig,
-        skipped: u64,
-        step: u64,
-        waited: Duration,
-    ) -> Line {
-        let seconds = self.started.elapsed().as_secs_f64().max(1e-9);
-        #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^53")]
-        let (n, rows) = (self.n_steps as f64, ((step - self.first_step) * config.batch as u64) as f64);
-        Line {
-            step,
-            tokens: step * config.batch as u64,
-            loss: self.loss / n,
-            mse: self.mse / n,
-            l0: self.l0 / n,
-            fvu: self.mse / n / variance,
-            dead: dead.share_within(config.dead_window.0).unwrap_or(0.0),
-            lambda: self.lambda / n,
-            lr: settings.lr,
-            skipped,
-            tokens_per_s: rows / seconds,
-            waiting: (waited - self.waited).as_secs_f64() / seconds,
-        }
     }
 }

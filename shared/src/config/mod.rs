@@ -115,6 +115,41 @@ pub fn resolve<T: DeserializeOwned>(text: &str, overrides: &[Override]) -> Resul
     table.try_into().map_err(toml_error)
 }
 
+/// Splits a text that describes several runs: the tables of the array `list` each become a text of their own, with the keys
+/// outside the array below theirs. A table's `name` names it. A text without the array is one nameless run.
+///
+/// # Errors
+/// If the text is not TOML, `list` is no array of tables, or a name is missing, taken twice or not usable as a folder.
+pub fn expand(text: &str, list: &'static str) -> Result<Vec<(Option<String>, String)>, ConfigError> {
+    let mut common: Table =
+        toml::from_str(text).map_err(|e| ConfigError::Toml(e.to_string().trim_end().to_owned()))?;
+    let Some(entries) = common.remove(list) else { return Ok(vec![(None, text.to_owned())]) };
+    let tables: Option<Vec<Table>> =
+        entries.as_array().and_then(|all| all.iter().map(|entry| entry.as_table().cloned()).collect());
+    let tables = tables
+        .filter(|tables| !tables.is_empty())
+        .ok_or_else(|| ConfigError::value(list, &entries, "tables, each begun with [[…]]"))?;
+    let mut names = std::collections::BTreeSet::new();
+    let mut texts = Vec::new();
+    for mut table in tables {
+        let name = match table.remove("name") {
+            Some(Value::String(name)) => name,
+            other => return Err(ConfigError::value(list, format!("{other:?}"), "a name in each")),
+        };
+        let plain = name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
+        if !plain || name.is_empty() || name.starts_with('.') {
+            return Err(ConfigError::value(list, name, "names of letters, digits, `-`, `_` and `.`"));
+        }
+        if !names.insert(name.clone()) {
+            return Err(ConfigError::value(list, name, "names that differ"));
+        }
+        let mut merged = common.clone();
+        merged.extend(table);
+        texts.push((Some(name), to_toml(&merged)?));
+    }
+    Ok(texts)
+}
+
 /// The resolved configuration as TOML text, for saving beside what it produced.
 ///
 /// # Errors
@@ -182,6 +217,26 @@ mod tests {
         assert_eq!((sample.seed, sample.name.as_str()), (7, "x\nseed = 99"));
         for text in ["seed", "=1", ".=1", "a..b=1"] {
             assert!(Override::parse(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn several_runs_share_what_stands_outside_their_tables() {
+        let text = "seed = 3\n[[run]]\nname = 'a'\n[[run]]\nname = 'b'\nseed = 4\n";
+        let texts = expand(text, "run").unwrap();
+        let seeds = texts
+            .iter()
+            .map(|(name, text)| (name.clone().unwrap(), resolve::<Sample>(text, &[]).unwrap().seed));
+        assert_eq!(seeds.collect::<Vec<_>>(), [("a".to_owned(), 3), ("b".to_owned(), 4)]);
+        assert_eq!(expand("seed = 1", "run").unwrap(), [(None, "seed = 1".to_owned())]);
+        for broken in [
+            "run = 3",
+            "[[run]]\nseed = 1",
+            "[[run]]\nname = '../x'",
+            "[[run]]\nname = 'a'\n[[run]]\nname = 'a'",
+            "run = []",
+        ] {
+            assert!(expand(broken, "run").unwrap_err().to_string().contains("`run`"), "{broken}");
         }
     }
 
