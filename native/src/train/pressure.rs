@@ -2,7 +2,7 @@
 //!
 //! A JumpReLU is held at its target by a quadratic term in L0 ([`shared::loss::Sparsity::TargetL0`]), which needs no state.
 //! Where a norm is penalised (ReLU, gated), the gradient of L0 does not exist; the weight λ is steered instead, by a
-//! controller that integrates the relative error of the L0 that was seen. p-annealing lowers the power of the norm in steps,
+//! proportional-integral controller on the relative error of the L0 that was seen. p-annealing lowers the power of the norm in steps,
 //! and rescales λ at each so that the penalty itself does not jump (arXiv 2408.00113 §4).
 
 use std::collections::VecDeque;
@@ -17,8 +17,10 @@ use super::schedule::ramp;
 
 /// λ of a steered penalty at the start: near where runs on normalised data end.
 const FIRST_LAMBDA: f64 = 0.03;
-/// How far ln λ moves in a step for each unit of ln(L0 / L0*).
-const GAIN: f64 = 0.01;
+/// How far ln λ moves in a step for each unit of ln(L0 / L0*), for good.
+const INTEGRAL: f64 = 0.01;
+/// How far it is moved for as long as the error lasts. L0 answers to λ late; without this it swings.
+const PROPORTIONAL: f64 = 1.0;
 /// The largest |ln(L0 / L0*)| that is taken at its word.
 const LARGEST_ERROR: f64 = 1.0;
 /// Batches whose norms decide how λ is rescaled when p changes.
@@ -28,8 +30,10 @@ const QUEUE: usize = 10;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Pressure {
-    /// Bits of λ, so that it is read back exactly.
+    /// Bits of λ, so that it is read back exactly; without the part that lasts as long as the error.
     lambda: u64,
+    /// Bits of the last ln(L0 / L0*); zero with a fixed λ.
+    error: u64,
     /// Updates of p so far.
     updates: u32,
     /// Per batch, bits of the mean norms under the current and the next p.
@@ -41,13 +45,13 @@ impl Pressure {
     #[must_use]
     pub fn new(config: &TrainConfig) -> Self {
         let lambda = config.lambda.unwrap_or(FIRST_LAMBDA);
-        Self { lambda: lambda.to_bits(), updates: 0, norms: VecDeque::new() }
+        Self { lambda: lambda.to_bits(), error: 0, updates: 0, norms: VecDeque::new() }
     }
 
     /// λ as it stands.
     #[must_use]
     pub fn lambda(&self) -> f64 {
-        f64::from_bits(self.lambda)
+        f64::from_bits(self.lambda) * (PROPORTIONAL * f64::from_bits(self.error)).exp()
     }
 
     /// The sparsity term of step `step`.
@@ -76,7 +80,8 @@ impl Pressure {
         if let Some(target) = config.target_l0 {
             // A step without any active latent says "too sparse" as loudly as is listened to.
             let error = (forward.losses().l0 / target).ln().clamp(-LARGEST_ERROR, LARGEST_ERROR);
-            self.lambda = (self.lambda() * (GAIN * error).exp()).to_bits();
+            self.error = error.to_bits();
+            self.lambda = (f64::from_bits(self.lambda) * (INTEGRAL * error).exp()).to_bits();
         }
         self.anneal(config, step, forward, params);
     }
@@ -92,7 +97,7 @@ impl Pressure {
         if step >= due {
             let [now, next] = [0, 1].map(|i| self.norms.iter().map(|n| f64::from_bits(n[i])).sum::<f64>());
             if next > 0.0 {
-                self.lambda = (self.lambda() * now / next).to_bits();
+                self.lambda = (f64::from_bits(self.lambda) * now / next).to_bits();
             }
             self.updates += 1;
             self.norms.clear();
