@@ -249,7 +249,7 @@ fn shapes_that_do_not_fit_are_refused() {
     let case = &cases()[0];
     let (x, y) = case.rows();
     let broken: [(&str, fn(&mut TrainSae)); 4] = [
-        ("w_enc", |s| drop(s.w_enc.pop())),
+        ("w_enc", |s| s.w_enc.truncate(3)),
         ("b_dec", |s| s.b_dec.push(0.0)),
         ("threshold", |s| {
             if let Latents::JumpRelu { threshold, .. } = &mut s.latents {
