@@ -70,7 +70,7 @@ impl Case {
         tensors.b_dec = noise.vector(self.d_out, 0.05);
         tensors.w_skip = noise.vector(tensors.w_skip.len(), 0.1);
         // Every fourth latent is out of reach of most batches.
-        let reach = |i: usize| if i % 4 == 0 { 0.9 } else { 0.5 };
+        let reach = |i: usize| if i.is_multiple_of(4) { 0.9 } else { 0.5 };
         match self.latents {
             Latents::JumpRelu { parametrisation, .. } => {
                 let theta =
@@ -157,7 +157,7 @@ fn arrays<'a>(sae: &'a mut TrainSae, g: &'a Gradients) -> Vec<(&'a mut Vec<f64>,
     match &mut sae.latents {
         Reference::JumpRelu { threshold, .. } => arrays.push((threshold, &g.threshold, true)),
         Reference::Gated { r_mag, b_mag } => {
-            arrays.extend([(r_mag, &g.r_mag, true), (b_mag, &g.b_mag, true)])
+            arrays.extend([(r_mag, &g.r_mag, true), (b_mag, &g.b_mag, true)]);
         }
         _ => {}
     }

@@ -366,8 +366,9 @@ impl TrainConfig {
             }
         }
         let lengths = self.prefix_lengths();
-        let ascending = lengths.windows(2).all(|pair| pair[0] < pair[1]);
-        if !lengths.is_empty() && !(ascending && lengths[0] > 0 && lengths.last() == Some(&self.width)) {
+        let ascending = lengths.windows(2).all(|pair| pair[0] < pair[1]) && !lengths.starts_with(&[0]);
+        let whole = lengths.last().is_none_or(|&last| last == self.width);
+        if !(ascending && whole) {
             let value = format!("{:?}", self.prefixes);
             return Err(ConfigError::value(
                 "prefixes",
