@@ -18,7 +18,7 @@ use super::schedule::ramp;
 /// λ of a steered penalty at the start: near where runs on normalised data end.
 const FIRST_LAMBDA: f64 = 0.03;
 /// How far ln λ moves in a step for each unit of ln(L0 / L0*), for good.
-const INTEGRAL: f64 = 0.01;
+const INTEGRAL: f64 = 0.02;
 /// How far it is moved for as long as the error lasts. L0 answers to λ late; without this it swings.
 const PROPORTIONAL: f64 = 1.0;
 /// The largest |ln(L0 / L0*)| that is taken at its word.
@@ -110,7 +110,8 @@ fn power(config: &TrainConfig, updates: u32) -> f64 {
     1.0 - (1.0 - config.p_end) * f64::from(updates) / f64::from(config.p_updates)
 }
 
-/// The step at whose end the next update is due; none when there is no more. The last leaves time to settle.
+/// The step at whose end the next update is due; none when there is no more. All come before the learning rate falls, which is
+/// when latents stop to follow.
 fn due(config: &TrainConfig, updates: u32) -> Option<u64> {
     if config.p_end >= 1.0 || updates >= config.p_updates {
         return None;
@@ -122,8 +123,8 @@ fn due(config: &TrainConfig, updates: u32) -> Option<u64> {
         reason = "step counts are far below 2^53"
     )]
     let step = {
-        let share =
-            config.p_start + (1.0 - config.p_start) * f64::from(updates) / f64::from(config.p_updates);
+        let span = (1.0 - config.lr_decay_share - config.p_start).max(0.0);
+        let share = config.p_start + span * f64::from(updates) / f64::from(config.p_updates);
         (share * config.total_steps() as f64) as u64
     };
     Some(step)
@@ -142,6 +143,7 @@ mod tests {
             p_end: 0.2,
             p_start: 0.25,
             p_updates: 4,
+            lr_decay_share: 0.0,
             steps: Some(Count(800)),
             ..TrainConfig::default()
         };
@@ -149,6 +151,8 @@ mod tests {
         assert_eq!(dues, [Some(200), Some(350), Some(500), Some(650), None]);
         let powers: Vec<_> = (0..=4).map(|n| (power(&config, n) * 10.0).round()).collect();
         assert_eq!(powers, [10.0, 8.0, 6.0, 4.0, 2.0]);
+        let decaying = TrainConfig { lr_decay_share: 0.25, ..config.clone() };
+        assert_eq!((0..4).map(|n| due(&decaying, n)).collect::<Vec<_>>(), [200, 300, 400, 500].map(Some));
         let still = TrainConfig { p_end: 1.0, ..config };
         assert_eq!((due(&still, 0), power(&still, 0)), (None, 1.0));
         let Sparsity::Norm { lambda, p, decoder_norm } = Pressure::new(&still).sparsity(&still, 5) else {

@@ -101,7 +101,7 @@ pub struct TrainConfig {
     pub p_end: f64,
     /// Share of the run after which p begins to fall.
     pub p_start: f64,
-    /// Steps in which p falls.
+    /// Steps in which p falls, between `p_start` and the fall of the learning rate (`lr_decay_share`).
     pub p_updates: u32,
     /// Nested dictionaries (Matryoshka), as ascending shares of the width that end with 1; empty = none.
     pub prefixes: Vec<f64>,
@@ -345,12 +345,10 @@ impl TrainConfig {
         if !(self.p_end > 0.0 && self.p_end <= 1.0) {
             return Err(ConfigError::value("p_end", self.p_end, "above 0 and at most 1"));
         }
-        if !(0.0..1.0).contains(&self.p_start) || self.p_updates == 0 {
-            return Err(ConfigError::value(
-                "p_start",
-                self.p_start,
-                "from 0 to below 1, with p_updates at least 1",
-            ));
+        let annealed = self.p_end < 1.0;
+        if annealed && !((0.0..1.0 - self.lr_decay_share).contains(&self.p_start) && self.p_updates > 0) {
+            let expected = "from 0 to below 1 − lr_decay_share, with p_updates at least 1";
+            return Err(ConfigError::value("p_start", self.p_start, expected));
         }
         if self.aux_k > self.width {
             return Err(ConfigError::value("aux_k", self.aux_k, "at most the width"));
