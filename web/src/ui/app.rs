@@ -39,7 +39,11 @@ pub(super) fn App() -> impl IntoView {
             && let Some(main) = document().get_element_by_id("main")
         {
             window().scroll_to_with_x_and_y(0.0, 0.0);
-            if let Ok(main) = main.dyn_into::<web_sys::HtmlElement>() {
+            // Who pressed `/` is already in the search field of the new page.
+            let searching = document().active_element().is_some_and(|element| element.id() == "search");
+            if let Ok(main) = main.dyn_into::<web_sys::HtmlElement>()
+                && !searching
+            {
                 let _ = main.focus();
             }
         }
