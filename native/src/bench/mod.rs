@@ -1,12 +1,15 @@
-//! Measurements of this program by itself: speed of a harvest's forward pass, and what lower precision costs.
+//! Measurements of this program by itself: speed of a harvest's forward pass and of a training step, and
+//! what lower precision costs.
 //!
-//! `cargo xtask bench` runs the first beside other programs, round by round in turn, so that a busy machine slows both.
+//! `cargo xtask bench` runs the first two beside other programs, round by round in turn, so that a busy machine slows both.
 
 mod harvest;
 mod precision;
+mod train_step;
 
 pub use harvest::{HarvestBench, HarvestReady, HarvestRound};
 pub use precision::{PrecisionReport, TapError, compare};
+pub use train_step::{TrainStepBench, TrainStepReady, TrainStepRound};
 
 use std::fs;
 use std::path::Path;

@@ -10,7 +10,7 @@ use clap::Subcommand;
 use shared::Precision;
 use shared::config::Count;
 
-use crate::bench::{HarvestBench, compare};
+use crate::bench::{HarvestBench, TrainStepBench, compare};
 
 /// Arguments of `bench`.
 #[derive(Debug, clap::Args)]
@@ -28,6 +28,8 @@ enum Command {
     Harvest(HarvestArgs),
     /// Activations and next-token losses in a number format beside those in f32.
     Precision(PrecisionArgs),
+    /// A training step of a JumpReLU autoencoder on made-up vectors, driven as `harvest` is.
+    TrainStep(TrainStepArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -71,6 +73,25 @@ struct PrecisionArgs {
     tokens: Count,
 }
 
+#[derive(Debug, clap::Args)]
+struct TrainStepArgs {
+    /// Width of the vectors.
+    #[arg(long, value_name = "N", default_value_t = 576)]
+    d: usize,
+    /// Latents.
+    #[arg(long, value_name = "N", default_value_t = 8192)]
+    width: usize,
+    /// Rows of a batch.
+    #[arg(long, value_name = "N", default_value_t = 2048)]
+    batch: usize,
+    /// Mean active latents of a row.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    l0: usize,
+    /// Write batch, directions and thresholds as safetensors, for another program.
+    #[arg(long, value_name = "FILE")]
+    vectors: Option<PathBuf>,
+}
+
 pub(crate) fn run(args: &Args) -> Result<()> {
     match &args.command {
         Command::Harvest(args) => harvest(args),
@@ -79,6 +100,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             let report = compare(&args.model, &args.text, args.precision, tokens)?;
             print(&report)
         }
+        Command::TrainStep(args) => train_step(args),
     }
 }
 
@@ -91,9 +113,23 @@ fn harvest(args: &HarvestArgs) -> Result<()> {
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
     print(&bench.ready())?;
+    answer(|| print(&bench.round()?))
+}
+
+fn train_step(args: &TrainStepArgs) -> Result<()> {
+    let mut bench = TrainStepBench::new(args.d, args.width, args.batch, args.l0)?;
+    if let Some(path) = &args.vectors {
+        bench.write(path)?;
+    }
+    print(&bench.ready())?;
+    answer(|| print(&bench.round()?))
+}
+
+/// Runs `round` for every line `round` of the input, and one large product for every line `peak`.
+fn answer(mut round: impl FnMut() -> Result<()>) -> Result<()> {
     for line in io::stdin().lock().lines() {
         match line?.trim() {
-            "round" => print(&bench.round()?)?,
+            "round" => round()?,
             "peak" => print(&serde_json::json!({ "gflops": HarvestBench::peak_gflops()? }))?,
             other => bail!("expected `round` or `peak`, found `{other}`"),
         }

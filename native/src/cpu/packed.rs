@@ -183,6 +183,13 @@ impl PackedMatrix {
         self.panels(x, 0..self.n_panels(), out, self.n_out, add, staged);
     }
 
+    /// `out = x Wᵀ` for some panels alone, whose columns are those of `out`, on the calling thread; lengths are the
+    /// caller's care.
+    pub(crate) fn some_panels(&self, x: &[f32], panels: Range<usize>, out: &mut [f32]) {
+        let columns = (panels.end * WIDTH).min(self.n_out) - panels.start * WIDTH;
+        self.panels(x, panels, out, columns, false, &mut Vec::new());
+    }
+
     /// For few rows: every thread takes some panels into a buffer of its own.
     fn by_columns(&self, x: &[f32], out: &mut [f32], add: bool, threads: usize) {
         let share = self.n_panels().div_ceil(4 * threads).max(1);

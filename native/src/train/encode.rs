@@ -1,22 +1,29 @@
 //! The dense part of a step: the encoder product, tile by tile, and what of it is kept.
 //!
 //! A tile's pre-activations stay in the second-level cache and are thinned out at once: to those above a cut of their latent,
-//! or to the largest of their row. The dense `[N, n]` matrix never exists. Tiles have fixed sizes, so that results do not
-//! depend on the number of threads.
+//! or to the largest of their row. The dense `[N, n]` matrix never exists. It is the batch that is packed for the product,
+//! once a step, and not the weights, which are larger and change: a tile has latents as its rows, and a latent's cut and bias
+//! meet vectors of rows of the batch. Tiles have fixed sizes, so that results do not depend on the number of threads.
 
 use anyhow::Result;
 use rayon::prelude::*;
 
 use super::params::Params;
-use super::simd::{add_scaled, any_above, any_exceeds, vectorised};
+use super::simd::{any_above, any_exceeds, vectorised};
 use crate::cpu::gemm::{Matrix, product};
+use crate::cpu::packed::PackedMatrix;
+use crate::cpu::simd::{Format, Kernel, WIDTH};
 
-/// Rows of a tile.
-const TILE_ROWS: usize = 256;
-/// Latents of a tile: with the rows 128 KiB of pre-activations.
-const TILE_LATENTS: usize = 128;
-/// Latents of a task: short enough that many threads find work in one batch.
-const TASK_LATENTS: usize = 4096;
+/// Packed panels of a tile.
+const TILE_PANELS: usize = 4;
+/// Rows of the batch in a tile: at width 576 the packed rows take 432 KiB of the second-level cache.
+const TILE_ROWS: usize = TILE_PANELS * WIDTH;
+/// Latents of a tile: at width 576 another 144 KiB.
+const TILE_LATENTS: usize = 64;
+/// Latents of a task that looks for values above a cut: short enough that many threads find work in one batch.
+const TASK_LATENTS: usize = 1024;
+/// Latents of a task that looks for the largest values of a row: the longer, the fewer are kept on the way.
+const TASK_LATENTS_LARGEST: usize = 4096;
 /// Values compared at a time before they are looked at one by one.
 const CHUNK: usize = 32;
 
@@ -134,22 +141,52 @@ struct Tile {
     dead: Vec<Largest>,
 }
 
+/// The batch as the encoder product reads it.
+struct Batch<'a> {
+    rows: &'a [f32],
+    d: usize,
+    /// Packed, where this processor has a kernel.
+    packed: Option<PackedMatrix>,
+}
+
+impl Batch<'_> {
+    /// `z = weights · rowsᵀ` without the bias: a line for each latent, over the rows of the batch in `rows`.
+    fn product(&self, weights: &[f32], rows: std::ops::Range<usize>, z: &mut Vec<f32>) -> Result<()> {
+        let (n_latents, n_rows) = (weights.len() / self.d, rows.len());
+        z.resize(n_latents * n_rows, 0.0);
+        if let Some(packed) = &self.packed {
+            packed.some_panels(weights, rows.start / WIDTH..rows.end.div_ceil(WIDTH), z);
+            return Ok(());
+        }
+        let weights = Matrix::new(weights, n_latents, self.d)?;
+        let rows = Matrix::new(&self.rows[rows.start * self.d..rows.end * self.d], n_rows, self.d)?;
+        Ok(product(z, weights, rows.transposed(), 1.0, false, 1)?)
+    }
+}
+
 /// What is kept of `z = w_i · x' + b_i` for rows `input [N, d_in]`: by the selection proper, and of dead latents.
 pub(crate) fn encode(params: &Params, input: &[f32], selection: Selection<'_>) -> Result<(Kept, Kept)> {
     let (n, d) = (params.n_latents(), params.d_in);
     let n_rows = input.len() / d;
+    let packed =
+        Kernel::find(Format::F32).map(|kernel| PackedMatrix::new(kernel, input, n_rows, d)).transpose()?;
+    let batch = Batch { rows: input, d, packed };
+    let length = match selection.keep {
+        Keep::Above(_) => TASK_LATENTS,
+        Keep::Largest(_) => TASK_LATENTS_LARGEST,
+    };
     let tasks: Vec<(usize, usize)> = (0..n_rows)
         .step_by(TILE_ROWS)
-        .flat_map(|row| (0..n).step_by(TASK_LATENTS).map(move |latent| (row, latent)))
+        .flat_map(|row| (0..n).step_by(length).map(move |latent| (row, latent)))
         .collect();
     let done: Vec<Tile> = tasks
         .into_par_iter()
         .map_init(Vec::new, |z, (row, latent)| {
-            let rows = &input[row * d..(row + TILE_ROWS).min(n_rows) * d];
-            task(params, rows, latent..(latent + TASK_LATENTS).min(n), selection, z)
+            let rows = row..(row + TILE_ROWS).min(n_rows);
+            task(params, &batch, rows, latent..(latent + length).min(n), selection, z)
         })
         .collect::<Result<_>>()?;
-    let per_tile = n.div_ceil(TASK_LATENTS).max(1);
+    let per_tile = n.div_ceil(length).max(1);
     let merged: Vec<Vec<(Vec<Candidate>, Vec<Candidate>)>> =
         done.into_par_iter().chunks(per_tile).map(|parts| merge(parts, selection)).collect();
     let (main, dead): (Vec<_>, Vec<_>) = merged.into_iter().flatten().unzip();
@@ -158,70 +195,63 @@ pub(crate) fn encode(params: &Params, input: &[f32], selection: Selection<'_>) -
 
 fn task(
     params: &Params,
-    rows: &[f32],
+    batch: &Batch<'_>,
+    rows: std::ops::Range<usize>,
     latents: std::ops::Range<usize>,
     selection: Selection<'_>,
     z: &mut Vec<f32>,
 ) -> Result<Tile> {
     let d = params.d_in;
-    let n_rows = rows.len() / d;
     let k = |keep: &Keep<'_>| if let Keep::Largest(k) = keep { *k } else { usize::MAX / 2 };
     let mut tile = Tile {
-        main: vec![Largest::new(k(&selection.keep)); n_rows],
-        dead: vec![Largest::new(selection.dead.map_or(0, |(_, k)| k)); n_rows],
+        main: vec![Largest::new(k(&selection.keep)); rows.len()],
+        dead: vec![Largest::new(selection.dead.map_or(0, |(_, k)| k)); rows.len()],
     };
+    let mut bounds: Vec<f32> = tile.main.iter().map(|row| row.bound).collect();
     for first in latents.clone().step_by(TILE_LATENTS) {
         let block = first..(first + TILE_LATENTS).min(latents.end);
-        let len = block.len();
-        z.resize(n_rows * len, 0.0f32);
-        let weights = Matrix::new(&params.tensors.w_enc[first * d..block.end * d], len, d)?;
-        product(z, Matrix::new(rows, n_rows, d)?, weights.transposed(), 1.0, false, 1)?;
-        vectorised(|| thin_out(z, &params.tensors.b_enc[block.clone()], block.clone(), selection, &mut tile));
+        batch.product(&params.tensors.w_enc[first * d..block.end * d], rows.clone(), z)?;
+        vectorised(|| {
+            for (latent, z) in block.zip(z.chunks_exact_mut(rows.len())) {
+                let bias = params.tensors.b_enc[latent];
+                z.iter_mut().for_each(|z| *z += bias);
+                thin_out(z, latent, selection, &mut tile, &mut bounds);
+            }
+        });
     }
     Ok(tile)
 }
 
+/// One latent's pre-activations over the rows of a tile; `bounds` are those of the rows' largest.
 #[inline(always)]
-fn thin_out(
-    z: &mut [f32],
-    b_enc: &[f32],
-    block: std::ops::Range<usize>,
-    selection: Selection<'_>,
-    tile: &mut Tile,
-) {
-    let dead: Vec<usize> = match selection.dead {
-        Some((mask, _)) => block.clone().filter(|&latent| mask[latent]).collect(),
-        None => Vec::new(),
-    };
+fn thin_out(z: &[f32], latent: usize, selection: Selection<'_>, tile: &mut Tile, bounds: &mut [f32]) {
     #[expect(clippy::cast_possible_truncation, reason = "widths are below 2^32")]
-    let candidate = |latent: usize, z: f32| Candidate { latent: latent as u32, z };
-    for ((z, main), largest_dead) in z.chunks_exact_mut(block.len()).zip(&mut tile.main).zip(&mut tile.dead) {
-        add_scaled(z, 1.0, b_enc);
-        for (k, values) in z.chunks(CHUNK).enumerate() {
-            let first = block.start + k * CHUNK;
-            match selection.keep {
-                Keep::Above(cuts) => {
-                    let cuts = &cuts[first..first + values.len()];
-                    if any_exceeds(values, cuts) {
-                        for (i, (&z, &cut)) in values.iter().zip(cuts).enumerate() {
-                            if z > cut {
-                                main.kept.push(candidate(first + i, z));
-                            }
-                        }
-                    }
-                }
-                Keep::Largest(_) => {
-                    if any_above(values, main.bound) {
-                        for (i, &z) in values.iter().enumerate() {
-                            main.push(candidate(first + i, z));
+    let candidate = |z: f32| Candidate { latent: latent as u32, z };
+    let chunks = z.chunks(CHUNK).zip(tile.main.chunks_mut(CHUNK)).zip(bounds.chunks_mut(CHUNK));
+    for ((values, rows), bounds) in chunks {
+        match selection.keep {
+            Keep::Above(cuts) => {
+                let cut = cuts[latent];
+                if any_above(values, cut) {
+                    for (row, &z) in rows.iter_mut().zip(values) {
+                        if z > cut {
+                            row.kept.push(candidate(z));
                         }
                     }
                 }
             }
+            Keep::Largest(_) => {
+                if any_exceeds(values, bounds) {
+                    for ((row, &z), bound) in rows.iter_mut().zip(values).zip(bounds) {
+                        row.push(candidate(z));
+                        *bound = row.bound;
+                    }
+                }
+            }
         }
-        for &latent in &dead {
-            largest_dead.push(candidate(latent, z[latent - block.start]));
-        }
+    }
+    if selection.dead.is_some_and(|(mask, _)| mask[latent]) {
+        tile.dead.iter_mut().zip(z).for_each(|(row, &z)| row.push(candidate(z)));
     }
 }
 

@@ -8,7 +8,7 @@
 
 pub mod adam;
 pub mod checkpoint;
-mod encode;
+pub(crate) mod encode;
 mod forward;
 pub mod guard;
 pub mod init;

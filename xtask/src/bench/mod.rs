@@ -4,6 +4,7 @@
 
 mod harvest;
 mod store;
+mod train_step;
 mod worker;
 
 use anyhow::Result;
@@ -30,6 +31,11 @@ enum Bench {
     ///
     /// The last lines are `ratio store-read-TYPE-HOW X.XX`, our speed over the plain one's.
     Store,
+    /// A JumpReLU training step: width 576, batch 2048, 8192 and 32768 latents of which about 64 are active.
+    ///
+    /// With --peer-python also SAELens' step from the same weights on the same batch, in turn with ours; the last lines are
+    /// then `ratio train-step-WIDTH X.XX`, its time over ours. A figure is that of the best round.
+    TrainStep(train_step::Args),
 }
 
 /// Runs one bench.
@@ -37,5 +43,6 @@ pub(crate) fn run(places: &Places, args: &Args) -> Result<()> {
     match &args.bench {
         Bench::Harvest(args) => harvest::run(places, args),
         Bench::Store => store::run(places),
+        Bench::TrainStep(args) => train_step::run(places, args),
     }
 }
