@@ -101,10 +101,8 @@ async function keyboard(page, mode) {
     await go(page, `#/p/${pack}/f/1`);
     await page.reload(); // forgets the list that was searched, whose order j and k would follow
     await page.waitForSelector(".feature-grid");
-    await page.keyboard.press("j");
-    await waitHash(page, /\/f\/2$/);
-    await page.keyboard.press("k");
-    await waitHash(page, /\/f\/1$/);
+    await step(page, "j", /\/f\/1$/, /\/f\/2$/);
+    await step(page, "k", /\/f\/2$/, /\/f\/1$/);
     await page.keyboard.press("?");
     await page.waitForSelector("dialog[open]");
     await page.keyboard.press("Escape");
@@ -128,6 +126,15 @@ async function keyboard(page, mode) {
     await page.keyboard.press("Tab");
     await page.evaluate(() => document.activeElement.blur());
     await chord(page, "o", /^#\/$/);
+  });
+}
+
+// A page that has just been drawn may not listen yet: the key is pressed until it is heard, but never twice.
+async function step(page, key, from, to) {
+  await poll(async () => {
+    if (from.test(await hash(page))) await page.keyboard.press(key);
+    await page.waitForTimeout(300);
+    return to.test(await hash(page));
   });
 }
 
