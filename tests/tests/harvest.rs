@@ -6,8 +6,8 @@ mod support;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
+use std::process::Child;
 use std::time::Instant;
 
 use native::harvest::{self, Inputs};
@@ -18,7 +18,7 @@ use shared::config::harvest::HarvestConfig;
 use shared::config::resolve;
 use shared::lm::{LmError, Tap, TapAction, TapPoint, TokenBatch, Until};
 use shared::{Rows, config};
-use support::prepare;
+use support::{files_of, prepare, this_program};
 
 const CONFIG: &str = "STRATASCOPE_TEST_HARVEST_CONFIG";
 const OUT: &str = "STRATASCOPE_TEST_HARVEST_OUT";
@@ -36,27 +36,11 @@ fn harvest_in_this_process() {
 }
 
 fn start(settings: &HarvestConfig, out: &Path) -> Child {
-    Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "harvest_in_this_process"])
+    this_program("harvest_in_this_process")
         .env(CONFIG, config::to_toml(settings).unwrap())
         .env(OUT, out)
-        .stdout(Stdio::null())
         .spawn()
         .unwrap()
-}
-
-fn files_of(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
-    let (mut all, mut folders) = (BTreeMap::new(), vec![folder.to_owned()]);
-    while let Some(next) = folders.pop() {
-        for entry in fs::read_dir(next).unwrap().map(|e| e.unwrap().path()) {
-            if entry.is_dir() {
-                folders.push(entry);
-            } else {
-                all.insert(entry.strip_prefix(folder).unwrap().to_owned(), fs::read(&entry).unwrap());
-            }
-        }
-    }
-    all
 }
 
 #[test]

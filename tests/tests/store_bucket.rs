@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -25,7 +25,7 @@ use s3s_fs::FileSystem;
 use shared::config::harvest::HarvestConfig;
 use shared::config::{self, Count, resolve};
 use shared::tap::{Site, TapPoint};
-use support::prepare;
+use support::{files_of, prepare, this_program};
 
 const HARVEST: &str = "STRATASCOPE_TEST_BUCKET_HARVEST";
 const STORE: &str = "STRATASCOPE_TEST_BUCKET_STORE";
@@ -80,8 +80,8 @@ impl Server {
 
     /// This test program again, running only `test`, with the server's credentials in its environment.
     fn child(&self, test: &str) -> Command {
-        let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", test]).envs(self.settings()).stdout(Stdio::null());
+        let mut command = this_program(test);
+        command.envs(self.settings());
         command
     }
 
@@ -95,20 +95,6 @@ impl Server {
     fn objects(&self, prefix: &str) -> BTreeMap<PathBuf, Vec<u8>> {
         files_of(&self.folder.join("data").join(prefix))
     }
-}
-
-fn files_of(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
-    let (mut all, mut folders) = (BTreeMap::new(), vec![folder.to_owned()]);
-    while let Some(next) = folders.pop() {
-        for entry in fs::read_dir(next).unwrap().map(|e| e.unwrap().path()) {
-            if entry.is_dir() {
-                folders.push(entry);
-            } else {
-                all.insert(entry.strip_prefix(folder).unwrap().to_owned(), fs::read(&entry).unwrap());
-            }
-        }
-    }
-    all
 }
 
 /// The killed process: one harvest, as the command does it. Does nothing when run among the other tests.

@@ -4,9 +4,8 @@
 
 mod support;
 
-use std::fs;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Child;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -18,7 +17,7 @@ use shared::config::harvest::{HarvestConfig, StoreDtype};
 use shared::config::train::TrainConfig;
 use shared::config::{self, Count, resolve};
 use shared::tap::{Site, TapPoint};
-use support::prepare;
+use support::{prepare, this_program, weights};
 
 const HARVEST: &str = "STRATASCOPE_TEST_LIVE_HARVEST";
 const STEPS: &str = "STRATASCOPE_TEST_LIVE_STEPS";
@@ -50,19 +49,12 @@ fn train_in_this_process() {
 }
 
 fn start(settings: &HarvestConfig, steps: u64, out: &Path) -> Child {
-    Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "train_in_this_process"])
+    this_program("train_in_this_process")
         .env(HARVEST, config::to_toml(settings).unwrap())
         .env(STEPS, steps.to_string())
         .env(OUT, out)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
         .spawn()
         .unwrap()
-}
-
-fn weights(out: &Path) -> Vec<u8> {
-    fs::read(out.join("sae_weights.safetensors")).unwrap()
 }
 
 #[test]

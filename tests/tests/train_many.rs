@@ -5,14 +5,14 @@ mod support;
 
 use std::fs;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Child;
 use std::sync::Arc;
 use std::time::Instant;
 
 use native::stop::StopFlag;
 use native::train::{ActivationSource, Job, VectorsFile, run, run_all};
 use shared::config::{expand, resolve};
-use support::write_vectors;
+use support::{this_program, weights, write_vectors};
 
 const VECTORS: &str = "STRATASCOPE_TEST_MANY_VECTORS";
 const OUT: &str = "STRATASCOPE_TEST_MANY_OUT";
@@ -67,18 +67,7 @@ fn train_in_this_process() {
 }
 
 fn start(vectors: &Path, out: &Path) -> Child {
-    Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "train_in_this_process"])
-        .env(VECTORS, vectors)
-        .env(OUT, out)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap()
-}
-
-fn weights(out: &Path) -> Vec<u8> {
-    fs::read(out.join("sae_weights.safetensors")).unwrap()
+    this_program("train_in_this_process").env(VECTORS, vectors).env(OUT, out).spawn().unwrap()
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use native::stop::StopFlag;
 use native::train::{ActivationSource, VectorsFile, run};
 use shared::config::resolve;
-use support::write_vectors;
+use support::{this_program, write_vectors};
 
 const CONFIG: &str = "STRATASCOPE_TEST_TRAIN_CONFIG";
 const VECTORS: &str = "STRATASCOPE_TEST_TRAIN_VECTORS";
@@ -33,10 +33,9 @@ fn train_in_this_process() {
 const KEYS: &str = "width = 64\ntarget_l0 = 4.0\nsteps = 1200\nbatch = 128\nseed = 3\ncheckpoint_every = 37\nlog_every = 50\n";
 
 fn train(vectors: &Path, out: &Path, more: &str) -> Command {
-    let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", "train_in_this_process"]);
+    let mut command = this_program("train_in_this_process");
     command.env(CONFIG, KEYS.to_owned() + more).env(VECTORS, vectors).env(OUT, out);
-    command.stdout(Stdio::piped()).stderr(Stdio::null());
+    command.stdout(Stdio::piped());
     command
 }
 

@@ -1,6 +1,6 @@
 //! What training changes: f32 master parameters, and Adam's moments of the same shapes.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::Result;
 use shared::Sae;
 use shared::fold::{Scales, Trained, Training, fold};
 use shared::loss::Parametrisation;
@@ -176,26 +176,6 @@ impl Params {
             pre_bias: self.pre_bias,
         };
         Ok(fold(&training, scales)?)
-    }
-
-    /// Checks that all lengths agree; what a file claims to hold is not trusted.
-    ///
-    /// # Errors
-    /// Names the tensor that does not fit.
-    pub fn check(&self) -> Result<()> {
-        let (n, d_in, d_out) = (self.n_latents(), self.d_in, self.d_out);
-        ensure!(
-            n > 0 && d_in > 0 && d_out > 0,
-            "an autoencoder of {n} latents from {d_in} to {d_out} values cannot be trained"
-        );
-        n.checked_mul(d_in.max(d_out)).context("the width overflows")?;
-        let expected = Tensors::zeros(n, d_in, d_out, !self.tensors.w_skip.is_empty());
-        for ((name, found), (_, wanted)) in self.tensors.named().into_iter().zip(expected.named()) {
-            let (found, wanted) = (found.len(), wanted.len());
-            ensure!(found == wanted, "{name}: expected {wanted} values for width {n}, found {found}");
-        }
-        ensure!(!self.pre_bias || d_in == d_out, "a pre-bias needs equal widths, not {d_in} and {d_out}");
-        Ok(())
     }
 }
 

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
@@ -56,6 +57,33 @@ pub(crate) fn prepare(folder: &Path) -> HarvestConfig {
         path(text)
     );
     resolve(&text, &[]).unwrap()
+}
+
+/// This test program again, running only `test`, with nothing to say.
+pub(crate) fn this_program(test: &str) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", test]).stdout(Stdio::null()).stderr(Stdio::null());
+    command
+}
+
+/// Every file below `folder`, by its path from there.
+pub(crate) fn files_of(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let (mut all, mut folders) = (BTreeMap::new(), vec![folder.to_owned()]);
+    while let Some(next) = folders.pop() {
+        for entry in fs::read_dir(next).unwrap().map(|e| e.unwrap().path()) {
+            if entry.is_dir() {
+                folders.push(entry);
+            } else {
+                all.insert(entry.strip_prefix(folder).unwrap().to_owned(), fs::read(&entry).unwrap());
+            }
+        }
+    }
+    all
+}
+
+/// The bytes of the weights that training wrote into `out`.
+pub(crate) fn weights(out: &Path) -> Vec<u8> {
+    fs::read(out.join("sae_weights.safetensors")).unwrap()
 }
 
 /// Sparse sums of 24 directions in 16 dimensions, with some noise, and one vector a thousand times as long.
