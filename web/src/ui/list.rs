@@ -149,7 +149,7 @@ fn Table(
         <p class="count" role="status">
             {move || figures::count(shown.get().len() as u64)}" of "{figures::count(total as u64)}" latents"
         </p>
-        <div class="table" role="table" aria-label="Latents" aria-rowcount=move || shown.get().len() + 1>
+        <div class="table" role="table" hidden=move || shown.get().is_empty() aria-label="Latents" aria-rowcount=move || shown.get().len() + 1>
             <div role="rowgroup">
                 <div class="row head" role="row" aria-rowindex="1">
                     {head("Latent", Sort::Index)} {head("Density", Sort::Density)} {head("Max", Sort::Max)} {head("Mean", Sort::Mean)}
