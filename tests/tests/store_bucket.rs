@@ -18,7 +18,7 @@ use native::harvest::{self, Inputs, Output};
 use native::model;
 use native::stop::StopFlag;
 use native::store::{MANIFEST, Place, Split, Store};
-use native::train::{ActivationSource, StoreTap, run};
+use native::train::{ActivationSource, StoreTaps, run};
 use s3s::auth::SimpleAuth;
 use s3s::service::S3ServiceBuilder;
 use s3s_fs::FileSystem;
@@ -124,9 +124,8 @@ fn train_in_this_process() {
 }
 
 fn train(store: &str, out: &Path) {
-    let keys =
-        "width = 64\ntarget_l0 = 4.0\nsteps = 80\nbatch = 128\ncheckpoint_every = 50\nlog_every = 10\n";
-    let source: Arc<dyn ActivationSource> = Arc::new(StoreTap::open(Path::new(store), Some(TAP)).unwrap());
+    let keys = "tap = 'resid.1'\nwidth = 64\ntarget_l0 = 4.0\nsteps = 80\nbatch = 128\ncheckpoint_every = 50\nlog_every = 10\n";
+    let source: Arc<dyn ActivationSource> = Arc::new(StoreTaps::open(Path::new(store)).unwrap());
     run(&source, &resolve(keys, &[]).unwrap(), out, &StopFlag::default()).unwrap();
 }
 

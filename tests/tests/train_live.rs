@@ -12,26 +12,24 @@ use std::time::Instant;
 use native::harvest::{self, Inputs, Live};
 use native::model;
 use native::stop::{StopFlag, Stopped};
-use native::train::{ActivationSource, LiveTap, StoreTap, run};
+use native::train::{ActivationSource, LiveTaps, StoreTaps, run};
 use shared::config::harvest::{HarvestConfig, StoreDtype};
 use shared::config::train::TrainConfig;
 use shared::config::{self, Count, resolve};
-use shared::tap::{Site, TapPoint};
 use support::{prepare, this_program, weights};
 
 const HARVEST: &str = "STRATASCOPE_TEST_LIVE_HARVEST";
 const STEPS: &str = "STRATASCOPE_TEST_LIVE_STEPS";
 const OUT: &str = "STRATASCOPE_TEST_LIVE_OUT";
-const TAP: TapPoint = TapPoint { site: Site::Resid, layer: 1 };
 
 fn live(settings: &HarvestConfig) -> Arc<dyn ActivationSource> {
     let loaded = model::load(settings.model.as_ref()).unwrap();
-    Arc::new(LiveTap::new(Live::new(settings, loaded, Some(TAP), &StopFlag::default()).unwrap()).unwrap())
+    Arc::new(LiveTaps::new(Live::new(settings, loaded, &StopFlag::default()).unwrap()).unwrap())
 }
 
 fn training(steps: u64) -> TrainConfig {
     let keys = format!(
-        "width = 64\ntarget_l0 = 4.0\nsteps = {steps}\nbatch = 128\ncheckpoint_every = 7\nlog_every = 10\n"
+        "tap = 'resid.1'\nwidth = 64\ntarget_l0 = 4.0\nsteps = {steps}\nbatch = 128\ncheckpoint_every = 7\nlog_every = 10\n"
     );
     resolve(&keys, &[]).unwrap()
 }
@@ -69,7 +67,7 @@ fn a_store_and_the_model_itself_teach_the_same() {
         let loaded = model::load(settings.model.as_ref()).unwrap();
         let inputs = Inputs::of(&loaded, &settings).unwrap();
         harvest::run(&settings, &out("store"), &inputs, &StopFlag::default()).unwrap();
-        let store: Arc<dyn ActivationSource> = Arc::new(StoreTap::open(&out("store"), Some(TAP)).unwrap());
+        let store: Arc<dyn ActivationSource> = Arc::new(StoreTaps::open(&out("store")).unwrap());
         // About two passes over the data.
         let config = training(120);
         let from_store = run(&store, &config, &out("from-store"), &StopFlag::default()).unwrap();
@@ -110,9 +108,9 @@ fn a_stop_while_the_model_runs_leaves_a_checkpoint() {
     let settings = HarvestConfig { bucket_vectors: Count(5000), ..prepare(folder.path()) };
     let (config, stop) = (training(60), StopFlag::default());
     let loaded = model::load(settings.model.as_ref()).unwrap();
-    let tap = LiveTap::new(Live::new(&settings, loaded, Some(TAP), &stop).unwrap()).unwrap();
-    let source: Arc<dyn ActivationSource> = Arc::new(tap);
-    source.read(0).unwrap();
+    let taps = LiveTaps::new(Live::new(&settings, loaded, &stop).unwrap()).unwrap();
+    let source: Arc<dyn ActivationSource> = Arc::new(taps);
+    source.read(0, &[0]).unwrap();
     stop.raise();
     let (stopped, whole) = (folder.path().join("stopped"), folder.path().join("whole"));
     // Training itself does not look at this flag: the data stops first.
@@ -129,14 +127,12 @@ fn a_stop_while_the_model_runs_leaves_a_checkpoint() {
 fn what_cannot_be_streamed_is_said() {
     let folder = tempfile::tempdir().unwrap();
     let settings = prepare(folder.path());
-    let make = |settings: &HarvestConfig, tap: Option<TapPoint>| {
+    let make = |settings: &HarvestConfig| {
         let loaded = model::load(settings.model.as_ref()).unwrap();
-        format!("{:#}", Live::new(settings, loaded, tap, &StopFlag::default()).unwrap_err())
+        format!("{:#}", Live::new(settings, loaded, &StopFlag::default()).unwrap_err())
     };
-    assert!(make(&settings, None).contains("--tap"), "several taps");
-    assert!(make(&settings, Some(TapPoint { layer: 0, ..TAP })).contains("resid.0"));
     let long = HarvestConfig { sequence_length: 1 << 19, ..settings.clone() };
-    assert!(make(&long, Some(TAP)).contains("sequence_length"));
+    assert!(make(&long).contains("sequence_length"));
     let none = HarvestConfig { drop_positions: (0..32).collect(), ..settings };
-    assert!(make(&none, Some(TAP)).contains("drop_positions"));
+    assert!(make(&none).contains("drop_positions"));
 }

@@ -120,8 +120,8 @@ fn one_that_fails_stops_alone_and_jobs_that_disagree_are_refused() {
     assert_eq!(failed, [false, true, false, false]);
     assert!(format!("{:#}", results[1].as_ref().unwrap_err()).contains("run.json"));
 
-    jobs[2].config.batch = 64;
+    jobs[2].config.seed = 64;
     let error = run_all(&source(&vectors), &jobs, &StopFlag::default()).unwrap_err().to_string();
-    assert!(error.contains("topk") && error.contains("batch"), "{error}");
+    assert!(error.contains("topk") && error.contains("seed"), "{error}");
     assert!(run_all(&source(&vectors), &[], &StopFlag::default()).is_err());
 }

@@ -1,5 +1,6 @@
 //! `stratascope train`.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -15,7 +16,7 @@ use shared::tap::TapPoint;
 use crate::harvest::Live;
 use crate::model;
 use crate::stop::StopFlag;
-use crate::train::{ActivationSource, Job, LiveTap, StoreTap, Summary, VectorsFile, run_all};
+use crate::train::{ActivationSource, Job, LiveTaps, StoreTaps, Summary, VectorsFile, Wiring, run_all};
 
 /// Arguments of `train`.
 #[derive(Debug, clap::Args)]
@@ -38,6 +39,9 @@ pub(crate) struct Args {
     /// Which tap, such as resid.14; may be left out when there is only one.
     #[arg(long)]
     tap: Option<TapPoint>,
+    /// Reconstruct this tap from the other, such as mlp.14 from mlp_in.14: a transcoder.
+    #[arg(long, value_name = "TAP", conflicts_with = "vectors")]
+    target: Option<TapPoint>,
     /// Where the autoencoder, log and checkpoints go; a run interrupted there goes on.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -106,6 +110,7 @@ impl Args {
         };
         let integer = |n: u64| toml::Value::Integer(i64::try_from(n).unwrap_or(i64::MAX));
         put("tap", self.tap.map(|tap| tap.to_string().into()));
+        put("target", self.target.map(|tap| tap.to_string().into()));
         put("width", self.width.map(|n| integer(n as u64)));
         put("activation", self.activation.clone().map(Into::into));
         put("k", self.k.map(|k| integer(k as u64)));
@@ -132,7 +137,7 @@ impl Args {
         Ok(config)
     }
 
-    fn live(&self, tap: Option<TapPoint>, stop: &StopFlag) -> Result<LiveTap> {
+    fn live(&self, jobs: &[Job], stop: &StopFlag) -> Result<LiveTaps> {
         let text = match &self.harvest {
             Some(path) => {
                 fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?
@@ -149,30 +154,33 @@ impl Args {
         let named = self.harvest.as_ref().map_or("harvest settings".to_owned(), |p| p.display().to_string());
         let mut config: HarvestConfig = resolve(&text, &overrides).context(named)?;
         if config.taps.is_empty() {
-            config.taps.extend(tap.map(|tap| tap.to_string()));
+            let wanted = jobs.iter().flat_map(|job| [job.config.tap, job.config.target]).flatten();
+            let wanted: BTreeSet<String> = wanted.map(|tap| tap.to_string()).collect();
+            config.taps.extend(wanted);
         }
         config.validate()?;
         config.token_cache.get_or_insert_with(|| "auto".to_owned());
         let loaded = model::load_as(config.model.as_ref(), config.precision)?;
-        LiveTap::new(Live::new(&config, loaded, tap, stop)?)
+        LiveTaps::new(Live::new(&config, loaded, stop)?)
     }
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     let jobs = args.jobs()?;
     let stop = StopFlag::from_signals()?;
-    let tap = jobs.first().and_then(|job| job.config.tap);
     let source: Arc<dyn ActivationSource> = match (&args.vectors, &args.store) {
         (Some(path), _) => Arc::new(VectorsFile::open(path)?),
-        (None, Some(folder)) => Arc::new(StoreTap::open(folder, tap)?),
-        (None, None) => Arc::new(args.live(tap, &stop)?),
+        (None, Some(folder)) => Arc::new(StoreTaps::open(folder)?),
+        (None, None) => Arc::new(args.live(&jobs, &stop)?),
     };
     for Job { name, config, .. } in &jobs {
+        let tap = source.taps()[Wiring::of(config, &*source)?.input];
         tracing::info!(
-            "{name}{}{} latents over {} values, {} steps of {} vectors from {}, on {} threads",
+            "{name}{}{}{} latents over {} values, {} steps of {} vectors from {}, on {} threads",
             if name.is_empty() { "" } else { ": " },
+            tap.point.map_or_else(String::new, |point| format!("{point}, ")),
             config.width,
-            source.width(),
+            tap.width,
             config.total_steps(),
             config.batch,
             source.n_vectors(),

@@ -3,7 +3,7 @@
 //! A bucket follows from the configuration and its number alone, so a run that was stopped in the middle of one makes
 //! it again. A training bucket holds what the same bucket of a store would hold, bit for bit.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 use shared::config::harvest::HarvestConfig;
@@ -24,13 +24,14 @@ use crate::store::{self, Split, Tokens};
 /// Held-out vectors made at a time: a measurement takes a few of them only.
 const HELD_OUT_BUCKET: u64 = 10_000;
 
-/// The vectors of one tap, straight from a language model.
+/// The vectors of some taps, straight from a language model.
 pub struct Live {
     config: HarvestConfig,
     loaded: LoadedModel,
     tokenizer: TokenizerInfo,
     dropped: Dropped,
-    taps: [(TapPoint, usize); 1],
+    /// Ascending, with the width of each.
+    taps: Vec<(TapPoint, usize)>,
     halves: [Tokens; 2],
     plans: [Vec<Bucket>; 2],
     provenance: Value,
@@ -44,28 +45,13 @@ impl std::fmt::Debug for Live {
 }
 
 impl Live {
-    /// Reads and tokenises the text of `config`; the model runs later. `point` chooses among the taps of `config` and
-    /// may be left out when there is only one.
+    /// Reads and tokenises the text of `config`; the model runs later, as far as the last of its taps.
     ///
     /// # Errors
-    /// If the configuration asks for what the model does not have, no tap is chosen, the text is too short, or `stop` was raised.
-    pub fn new(
-        config: &HarvestConfig,
-        loaded: LoadedModel,
-        point: Option<TapPoint>,
-        stop: &StopFlag,
-    ) -> Result<Self> {
+    /// If the configuration asks for what the model does not have, the text is too short, or `stop` was raised.
+    pub fn new(config: &HarvestConfig, loaded: LoadedModel, stop: &StopFlag) -> Result<Self> {
         config.validate()?;
         let taps = taps(config, &loaded.model)?;
-        let names = || taps.iter().map(|(point, _)| point.to_string()).collect::<Vec<_>>().join(", ");
-        let tap = match (point, &taps[..]) {
-            (Some(point), _) => *taps
-                .iter()
-                .find(|tap| tap.0 == point)
-                .with_context(|| format!("the harvest does not read {point}, only {}", names()))?,
-            (None, [only]) => *only,
-            (None, _) => bail!("the harvest reads several taps; choose with --tap: {}", names()),
-        };
         let tokenizer = source::tokenizer_info(&loaded.tokenizer, config)?;
         let corpus = corpus(config, &loaded.tokenizer, &tokenizer, stop)?;
         let dropped = dropped(config);
@@ -78,20 +64,16 @@ impl Live {
             !plans[0].is_empty(),
             "no training vector is left after special tokens and drop_positions are dropped"
         );
-        let provenance = json!({
-            "live": {
-                "model": loaded.provenance,
-                "harvest": config,
-                "text": corpus.text,
-                "tap": tap.0.to_string(),
-            }
-        });
+        // Which other taps are read beside one changes none of its vectors.
+        let harvest = HarvestConfig { taps: Vec::new(), ..config.clone() };
+        let provenance =
+            json!({ "live": { "model": loaded.provenance, "harvest": harvest, "text": corpus.text } });
         Ok(Self {
             config: config.clone(),
             loaded,
             tokenizer,
             dropped,
-            taps: [tap],
+            taps,
             halves: corpus.halves,
             plans,
             provenance,
@@ -99,10 +81,10 @@ impl Live {
         })
     }
 
-    /// Values of a vector.
+    /// The taps, ascending, with the width of each.
     #[must_use]
-    pub fn width(&self) -> usize {
-        self.taps[0].1
+    pub fn taps(&self) -> &[(TapPoint, usize)] {
+        &self.taps
     }
 
     /// The number of buckets of `split`.
@@ -111,7 +93,7 @@ impl Live {
         self.plans[split as usize].len()
     }
 
-    /// The number of vectors of `split`.
+    /// The number of vectors of each tap of `split`.
     #[must_use]
     pub fn n_vectors(&self, split: Split) -> u64 {
         self.plans[split as usize].iter().map(|bucket| bucket.n_vectors as u64).sum()
@@ -121,7 +103,8 @@ impl Live {
     #[must_use]
     pub fn bucket_bytes(&self) -> u64 {
         let most = self.plans[0].iter().map(|bucket| bucket.n_vectors).max().unwrap_or(0);
-        most as u64 * self.width() as u64 * size_of::<f32>() as u64
+        let values: usize = self.taps.iter().map(|(_, width)| width).sum();
+        most as u64 * values as u64 * size_of::<f32>() as u64
     }
 
     /// Tokens that bucket `index` of `split` takes through the model.
@@ -143,7 +126,6 @@ impl Live {
     pub fn metadata(&self) -> SaeMetadata {
         SaeMetadata {
             model_name: Some(self.loaded.provenance.name.clone()),
-            tap: Some(self.taps[0].0),
             context_size: Some(self.config.sequence_length),
             prepend_bos: Some(self.tokenizer.bos.is_some()),
             ..SaeMetadata::default()
@@ -157,11 +139,11 @@ impl Live {
             .with_context(|| format!("there are {} {} buckets, no {index}", buckets.len(), split.folder()))
     }
 
-    /// The vectors of bucket `index` of `split`, `[n, width]`, in their shuffled order. `bar` counts tokens.
+    /// The vectors of bucket `index` of `split` at every tap, `[n, width]` each, in their shuffled order. `bar` counts tokens.
     ///
     /// # Errors
     /// If the model fails or gives a value that `dtype` cannot hold, or [`Stopped`].
-    pub fn vectors(&self, split: Split, index: usize, bar: &ProgressBar) -> Result<Vec<f32>> {
+    pub fn vectors(&self, split: Split, index: usize, bar: &ProgressBar) -> Result<Vec<Vec<f32>>> {
         let bucket = self.bucket(split, index)?;
         let tokens = &self.halves[split as usize];
         let keep = Keep { tokenizer: &self.tokenizer, dropped: &self.dropped };
@@ -170,29 +152,32 @@ impl Live {
         for (place, &from) in (0u32..).zip(&layout.order) {
             places[from as usize] = place;
         }
-        let mut places = places.into_iter();
-        let (width, dtype) = (self.width(), self.config.dtype);
-        let mut vectors = vec![0f32; bucket.n_vectors * width];
+        let dtype = self.config.dtype;
+        let mut vectors: Vec<Vec<f32>> =
+            self.taps.iter().map(|(_, width)| vec![0f32; bucket.n_vectors * width]).collect();
         let feed = Feed { model: &self.loaded.model, tokens, keep, taps: &self.taps };
-        let (mut bytes, mut values) = (Vec::new(), Vec::new());
+        let (mut bytes, mut values, mut done) = (Vec::new(), Vec::new(), 0);
         for first in bucket.sequences.clone().step_by(self.config.batch) {
             if self.stop.is_raised() {
                 return Err(Stopped.into());
             }
             let end = (first + self.config.batch).min(bucket.sequences.end);
-            feed.run(first..end, &mut |_, value, rows| {
+            let mut kept = 0;
+            feed.run(first..end, &mut |tap, value, rows| {
+                let (point, width) = self.taps[tap];
                 bytes.clear();
-                spool::encode(value, rows, dtype, &mut bytes).with_context(|| {
-                    format!("{}, {} sequences {first}..{end}", self.taps[0].0, split.folder())
-                })?;
+                spool::encode(value, rows, dtype, &mut bytes)
+                    .with_context(|| format!("{point}, {} sequences {first}..{end}", split.folder()))?;
                 values.resize(rows.len() * width, 0.0);
                 store::decode(dtype, &bytes, &mut values);
-                for (row, place) in values.chunks_exact(width).zip(&mut places) {
+                for (row, &place) in values.chunks_exact(width).zip(&places[done..]) {
                     let start = place as usize * width;
-                    vectors[start..start + width].copy_from_slice(row);
+                    vectors[tap][start..start + width].copy_from_slice(row);
                 }
+                kept = rows.len();
                 Ok(())
             })?;
+            done += kept;
             bar.inc(((end - first) * self.config.sequence_length) as u64);
         }
         Ok(vectors)

@@ -7,6 +7,7 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -19,7 +20,7 @@ use shared::metrics::Dead;
 
 use super::guard::Guard;
 use super::init;
-use super::normalise::Normalisation;
+use super::normalise::{Normalisation, Scaling};
 use super::order::Position;
 use super::params::{Latents, Moments, Params, Tensors};
 use super::pressure::Pressure;
@@ -38,13 +39,13 @@ pub struct State {
     /// When each latent last fired.
     pub dead: Dead,
     /// The scale of the data, as measured at the start.
-    pub normalisation: Normalisation,
+    pub scaling: Scaling,
     /// The sparsity term.
     pub pressure: Pressure,
 }
 
 /// The version of the file.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 
 /// What the header of a checkpoint says.
 #[derive(Serialize, Deserialize)]
@@ -78,6 +79,41 @@ pub fn identity(config: &TrainConfig, data: &Value) -> Result<Value> {
 #[must_use]
 pub fn path(out: &Path) -> PathBuf {
     out.join("checkpoint").join("state.safetensors")
+}
+
+/// The file of the checkpoint to go back to when what was learned since turns out bad.
+fn earlier_path(out: &Path) -> PathBuf {
+    out.join("checkpoint").join("earlier.safetensors")
+}
+
+/// Keeps the checkpoint of `out` as the one to go back to. Costs no copy where the file system knows hard links.
+///
+/// # Errors
+/// If the disk refuses.
+pub fn keep(out: &Path) -> Result<()> {
+    let (from, to) = (path(out), earlier_path(out));
+    let sibling = to.with_extension("part");
+    let linked = fs::remove_file(&sibling).or_else(|error| match error.kind() {
+        ErrorKind::NotFound => Ok(()),
+        _ => Err(error),
+    });
+    linked
+        .and_then(|()| fs::hard_link(&from, &sibling).or_else(|_| fs::copy(&from, &sibling).map(|_| ())))
+        .and_then(|()| fs::rename(&sibling, &to))
+        .with_context(|| format!("cannot keep {} as {}", from.display(), to.display()))
+}
+
+/// Reads what [`keep`] kept, `None` when there is nothing.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_earlier(
+    out: &Path,
+    config: &TrainConfig,
+    widths: [usize; 2],
+    identity: &Value,
+) -> Result<Option<State>> {
+    load_from(&earlier_path(out), config, widths, identity)
 }
 
 /// Writes `state`, replacing the last checkpoint once it is complete.
@@ -119,33 +155,48 @@ pub fn save(out: &Path, state: &State, identity: &Value) -> Result<()> {
             TensorView::new(Dtype::U64, vec![values.len()], bytemuck::cast_slice(values))?,
         ));
     }
-    let Normalisation { scale, mean, limit } = &state.normalisation;
-    let data: Vec<f64> = [*scale, *limit].iter().chain(mean).copied().collect();
-    views.push((
-        "data".to_owned(),
-        TensorView::new(Dtype::F64, vec![data.len()], bytemuck::cast_slice(&data))?,
-    ));
+    let Scaling { input, target } = &state.scaling;
+    let measured: Vec<_> = [("data", Some(input)), ("target_data", target.as_ref())]
+        .into_iter()
+        .filter_map(|(name, normalisation)| Some((name, flat(normalisation?))))
+        .collect();
+    for (name, data) in &measured {
+        let bytes = bytemuck::cast_slice(data);
+        views.push(((*name).to_owned(), TensorView::new(Dtype::F64, vec![data.len()], bytes)?));
+    }
     let metadata = HashMap::from([("state".to_owned(), serde_json::to_string(&header)?)]);
     let bytes = safetensors::serialize(views, Some(metadata))?;
     write_atomic(&path(out), |w| w.write_all(&bytes))
+}
+
+fn flat(normalisation: &Normalisation) -> Vec<f64> {
+    [normalisation.scale, normalisation.limit].iter().chain(&normalisation.mean).copied().collect()
 }
 
 /// Reads the checkpoint of a run in `out`, `None` when there is none.
 ///
 /// # Errors
 /// If it is damaged, or belongs to another configuration or other data.
-pub fn load(out: &Path, config: &TrainConfig, d_in: usize, identity: &Value) -> Result<Option<State>> {
-    let path = path(out);
+pub fn load(out: &Path, config: &TrainConfig, widths: [usize; 2], identity: &Value) -> Result<Option<State>> {
+    load_from(&path(out), config, widths, identity)
+}
+
+fn load_from(
+    path: &Path,
+    config: &TrainConfig,
+    widths: [usize; 2],
+    identity: &Value,
+) -> Result<Option<State>> {
     if !path.exists() {
         return Ok(None);
     }
-    let bytes = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    read(&bytes, config, d_in, identity).map(Some).with_context(|| {
+    let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    read(&bytes, config, widths, identity).map(Some).with_context(|| {
         format!("cannot resume from {}; give another --out, or remove it to start again", path.display())
     })
 }
 
-fn read(bytes: &[u8], config: &TrainConfig, d_in: usize, identity: &Value) -> Result<State> {
+fn read(bytes: &[u8], config: &TrainConfig, [d_in, d_out]: [usize; 2], identity: &Value) -> Result<State> {
     let (_, metadata) = SafeTensors::read_metadata(bytes)?;
     let text = metadata.metadata().as_ref().and_then(|m| m.get("state")).context("it has no `state`")?;
     let header: Header = serde_json::from_str(text).context("its `state` cannot be read")?;
@@ -156,9 +207,9 @@ fn read(bytes: &[u8], config: &TrainConfig, d_in: usize, identity: &Value) -> Re
     let (n, file) = (config.width, SafeTensors::deserialize(bytes)?);
     let floats = |name: &str, len: usize| -> Result<Vec<f32>> { tensor(&file, name, Dtype::F32, len) };
     let integers = |name: &str| -> Result<Vec<u64>> { tensor(&file, name, Dtype::U64, n) };
-    n.checked_mul(d_in).context("width overflows")?;
+    n.checked_mul(d_in.max(d_out)).context("width overflows")?;
     let tensors = |group: &str| -> Result<Tensors> {
-        let mut tensors = Tensors::zeros(n, d_in, d_in, false);
+        let mut tensors = Tensors::zeros(n, d_in, d_out, config.skip);
         for (name, values) in tensors.named_mut() {
             *values = floats(&format!("{group}{name}"), values.len())?;
         }
@@ -168,23 +219,27 @@ fn read(bytes: &[u8], config: &TrainConfig, d_in: usize, identity: &Value) -> Re
         Latents::BatchTopK { k, .. } => Latents::BatchTopK { k, threshold: f32::from_bits(header.threshold) },
         other => other,
     };
-    let params = Params { d_in, d_out: d_in, tensors: tensors("")?, latents, pre_bias: config.pre_bias };
+    let pre_bias = config.subtracts_bias();
+    let params = Params { d_in, d_out, tensors: tensors("")?, latents, pre_bias };
     let moments = Moments {
         first: if config.momentum() > 0.0 { Some(tensors("first.")?) } else { None },
         second: tensors("second.")?,
         weights_step: integers("weights_step")?,
         own_step: integers("own_step")?,
     };
-    let data: Vec<f64> = tensor(&file, "data", Dtype::F64, d_in + 2)?;
-    let (&scale, &limit) = data.first().zip(data.get(1)).context("its `data` is empty")?;
-    let normalisation = Normalisation { scale, mean: data[2..].to_vec(), limit };
+    let measured = |name: &str, width: usize| -> Result<Normalisation> {
+        let data: Vec<f64> = tensor(&file, name, Dtype::F64, width + 2)?;
+        Ok(Normalisation { scale: data[0], limit: data[1], mean: data[2..].to_vec() })
+    };
+    let target = config.target.map(|_| measured("target_data", d_out)).transpose()?;
+    let scaling = Scaling { input: measured("data", d_in)?, target };
     Ok(State {
         trainer: Trainer { params, moments, step: header.step },
         position: header.position,
         guard: header.guard,
         pressure: header.pressure,
         dead: Dead::resume(header.rows_seen, integers("last_fired")?)?,
-        normalisation,
+        scaling,
     })
 }
 
@@ -244,7 +299,10 @@ mod tests {
             position: Position { epoch: 1, shard: 2, row: 3 },
             guard: Guard::default(),
             dead: Dead::resume(100, vec![100, 0, 50]).unwrap(),
-            normalisation: Normalisation { scale: 0.1, mean: vec![0.3, -0.1], limit: f64::INFINITY },
+            scaling: Scaling {
+                input: Normalisation { scale: 0.1, mean: vec![0.3, -0.1], limit: f64::INFINITY },
+                target: None,
+            },
             pressure: Pressure::new(&config()),
         }
     }
@@ -253,9 +311,9 @@ mod tests {
     fn saved_and_read_again() {
         let folder = tempfile::tempdir().unwrap();
         let identity = identity(&config(), &json!({ "sha": "a" })).unwrap();
-        assert!(load(folder.path(), &config(), 2, &identity).unwrap().is_none());
+        assert!(load(folder.path(), &config(), [2; 2], &identity).unwrap().is_none());
         save(folder.path(), &state(), &identity).unwrap();
-        assert_eq!(load(folder.path(), &config(), 2, &identity).unwrap(), Some(state()));
+        assert_eq!(load(folder.path(), &config(), [2; 2], &identity).unwrap(), Some(state()));
     }
 
     #[test]
@@ -264,7 +322,7 @@ mod tests {
         let mine = identity(&config(), &json!({ "sha": "a" })).unwrap();
         save(folder.path(), &state(), &mine).unwrap();
         let other = TrainConfig { seed: 5, ..config() };
-        let error = load(folder.path(), &other, 2, &identity(&other, &json!({ "sha": "b" })).unwrap());
+        let error = load(folder.path(), &other, [2; 2], &identity(&other, &json!({ "sha": "b" })).unwrap());
         let error = format!("{:#}", error.unwrap_err());
         assert!(error.contains("seed is 0 there, 5 here") && error.contains("sha"), "{error}");
         let logged = TrainConfig { log_every: 7, ..config() };
@@ -272,8 +330,8 @@ mod tests {
 
         let bytes = fs::read(path(folder.path())).unwrap();
         for end in [0, 4, 100, bytes.len() / 2, bytes.len() - 1] {
-            assert!(read(&bytes[..end], &config(), 2, &mine).is_err(), "truncated at {end}");
+            assert!(read(&bytes[..end], &config(), [2; 2], &mine).is_err(), "truncated at {end}");
         }
-        assert!(read(&bytes, &config(), 3, &mine).is_err());
+        assert!(read(&bytes, &config(), [3; 2], &mine).is_err());
     }
 }

@@ -6,7 +6,8 @@ use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use shared::config::train::{DecoderBiasInit, LatentFunction, ThresholdInit, TrainConfig};
 
-use super::normalise::Normalisation;
+use super::normalise::{Normalisation, Scaling};
+use super::order::Pairs;
 use super::params::{Latents, Params, Tensors};
 use crate::cpu::gemm::{Matrix, product};
 
@@ -17,38 +18,74 @@ const LOWEST_THRESHOLD: f32 = 1e-4;
 /// Latents whose sample pre-activations are computed at a time.
 const BLOCK: usize = 32;
 
-/// Parameters before the first step; `sample` holds normalised rows for the quantiles.
+/// Parameters before the first step; `sample` holds normalised pairs for what is taken from data.
 ///
 /// Decoder directions are He-uniform rows scaled to norm 1, the encoder is a copy of them, biases are zero
 /// (or the decoder bias the data's mean, and the encoder bias minus the quantile where there is no threshold to set).
+/// A transcoder's encoder rows are such rows; its directions are where its inputs move the targets, `normalise(Cov(y, x) w_i)`,
+/// its encoder bias takes the mean of the inputs away, and a skip connection starts as nothing.
 ///
 /// # Errors
 /// If the sample does not consist of whole rows.
-pub fn params(config: &TrainConfig, normalisation: &Normalisation, sample: &[f32]) -> Result<Params> {
-    let (n, d) = (config.width, normalisation.mean.len());
+pub fn params(config: &TrainConfig, scaling: &Scaling, sample: &Pairs) -> Result<Params> {
+    let (n, d_in, d_out) = (config.width, scaling.input.mean.len(), scaling.output().mean.len());
     let mut rng = ChaCha8Rng::seed_from_u64(config.seed);
     #[expect(clippy::cast_precision_loss, reason = "widths are far below 2^24")]
-    let bound = (6.0 / d as f32).sqrt();
-    let mut w_dec: Vec<f32> = (0..n * d).map(|_| rng.random_range(-bound..bound)).collect();
-    for direction in w_dec.chunks_exact_mut(d) {
-        let norm = direction.iter().map(|v| v * v).sum::<f32>().sqrt();
-        direction.iter_mut().for_each(|v| *v /= norm);
+    let bound = (6.0 / d_in as f32).sqrt();
+    let mut w_enc: Vec<f32> = (0..n * d_in).map(|_| rng.random_range(-bound..bound)).collect();
+    w_enc.chunks_exact_mut(d_in).for_each(normalise);
+    let mut tensors = Tensors::zeros(n, d_in, d_out, config.skip);
+    if config.decoder_bias_init == DecoderBiasInit::Mean {
+        tensors.b_dec = mean(scaling.output());
     }
-    #[expect(clippy::cast_possible_truncation, reason = "parameters are f32")]
-    let b_dec = match config.decoder_bias_init {
-        DecoderBiasInit::Zero => vec![0.0; d],
-        DecoderBiasInit::Mean => {
-            normalisation.mean.iter().map(|m| (m / normalisation.scale) as f32).collect()
-        }
-    };
-    let mut tensors = Tensors::zeros(n, d, d, false);
-    (tensors.w_enc, tensors.w_dec, tensors.b_dec) = (w_dec.clone(), w_dec, b_dec);
+    tensors.w_dec = w_enc.clone();
+    if scaling.target.is_some() {
+        tensors.w_dec = effects(&w_enc, scaling, sample)?;
+        let mean = mean(&scaling.input);
+        let offset = |row: &[f32]| -row.iter().zip(&mean).map(|(w, m)| w * m).sum::<f32>();
+        tensors.b_enc = w_enc.chunks_exact(d_in).map(offset).collect();
+    }
+    tensors.w_enc = w_enc;
     let latents = latents(config);
-    let mut params = Params { d_in: d, d_out: d, tensors, latents, pre_bias: config.pre_bias };
+    let mut params = Params { d_in, d_out, tensors, latents, pre_bias: config.subtracts_bias() };
     if !config.activation.chooses() {
-        start_sparse(&mut params, config, sample)?;
+        start_sparse(&mut params, config, &sample.x)?;
     }
     Ok(params)
+}
+
+fn normalise(row: &mut [f32]) {
+    let norm = row.iter().map(|v| v * v).sum::<f32>().sqrt();
+    if norm > 0.0 {
+        row.iter_mut().for_each(|v| *v /= norm);
+    }
+}
+
+/// The mean of normalised vectors.
+#[expect(clippy::cast_possible_truncation, reason = "parameters are f32")]
+fn mean(normalisation: &Normalisation) -> Vec<f32> {
+    normalisation.mean.iter().map(|m| (m / normalisation.scale) as f32).collect()
+}
+
+/// For each encoder row `w [d_in]`, the direction in which targets lie when the input lies along it:
+/// `normalise(Cov(y, x) w) [d_out]`.
+fn effects(w_enc: &[f32], scaling: &Scaling, sample: &Pairs) -> Result<Vec<f32>> {
+    let (d_in, d_out) = (scaling.input.mean.len(), scaling.output().mean.len());
+    let (n, n_rows) = (w_enc.len() / d_in, sample.x.len() / d_in);
+    let centred = |rows: &[f32], normalisation: &Normalisation| -> Vec<f32> {
+        let mean = mean(normalisation);
+        rows.chunks_exact(mean.len()).flat_map(|row| row.iter().zip(&mean).map(|(v, m)| v - m)).collect()
+    };
+    let (x, y) = (centred(&sample.x, &scaling.input), centred(sample.targets(), scaling.output()));
+    let threads = rayon::current_num_threads();
+    let mut covariance = vec![0.0f32; d_in * d_out];
+    let (x, y) = (Matrix::new(&x, n_rows, d_in)?, Matrix::new(&y, n_rows, d_out)?);
+    product(&mut covariance, x.transposed(), y, 1.0, false, threads)?;
+    let mut w_dec = vec![0.0f32; n * d_out];
+    let covariance = Matrix::new(&covariance, d_in, d_out)?;
+    product(&mut w_dec, Matrix::new(w_enc, n, d_in)?, covariance, 1.0, false, threads)?;
+    w_dec.chunks_exact_mut(d_out).for_each(normalise);
+    Ok(w_dec)
 }
 
 /// The latent function of a run.
@@ -82,7 +119,10 @@ fn start_sparse(params: &mut Params, config: &TrainConfig, sample: &[f32]) -> Re
             let positive = thetas.map(|t| parameter(f64::from(t.max(LOWEST_THRESHOLD))));
             params.tensors.own[0] = positive.collect();
         }
-        _ => params.tensors.b_enc = quantiles(params, sample, share)?.into_iter().map(|q| -q).collect(),
+        _ => {
+            let quantiles = quantiles(params, sample, share)?;
+            params.tensors.b_enc.iter_mut().zip(quantiles).for_each(|(bias, q)| *bias -= q);
+        }
     }
     Ok(())
 }
@@ -108,16 +148,17 @@ fn quantiles(params: &Params, sample: &[f32], share: f64) -> Result<Vec<f32>> {
     let blocks: Result<Vec<Vec<f32>>> = t
         .w_enc
         .par_chunks(BLOCK * d)
-        .map(|w_enc| {
+        .zip(t.b_enc.par_chunks(BLOCK))
+        .map(|(w_enc, b_enc)| {
             let n = w_enc.len() / d;
             let mut z = vec![0.0f32; n * n_rows];
             let rows = Matrix::new(&input, n_rows, d)?;
             product(&mut z, Matrix::new(w_enc, n, d)?, rows.transposed(), 1.0, false, 1)?;
-            let quantile = |z: &mut [f32]| {
+            let quantile = |(z, bias): (&mut [f32], &f32)| {
                 let (_, value, _) = z.select_nth_unstable_by(above, |a, b| b.total_cmp(a));
-                *value
+                *value + bias
             };
-            Ok(z.chunks_exact_mut(n_rows).map(quantile).collect())
+            Ok(z.chunks_exact_mut(n_rows).zip(b_enc).map(quantile).collect())
         })
         .collect();
     Ok(blocks?.concat())

@@ -9,24 +9,25 @@ use serde_json::Value;
 use shared::format::SaeMetadata;
 use sysinfo::System;
 
-use super::source::{ActivationSource, Statistics};
+use super::source::{ActivationSource, SourceTap, Statistics, Vectors};
 use crate::harvest::Live;
 use crate::progress;
 use crate::store::Split;
 use crate::store::describe::{bytes, grouped};
 
-/// A tap of a language model as a source. A bucket is a shard; the next one is made while one is trained on, so that two
+/// Taps of a language model as a source. A bucket is a shard; the next one is made while one is trained on, so that two
 /// are in memory.
 #[derive(Debug)]
-pub struct LiveTap {
+pub struct LiveTaps {
     live: Live,
+    taps: Vec<SourceTap>,
     /// The first bucket, made for the statistics and soon asked for again.
-    first: Mutex<Option<Arc<Vec<f32>>>>,
+    first: Mutex<Option<Vec<Vectors>>>,
     /// Whether a progress bar was shown: training has its own from the first step on.
     shown: AtomicBool,
 }
 
-impl LiveTap {
+impl LiveTaps {
     /// Checks that two buckets fit in memory.
     ///
     /// # Errors
@@ -45,10 +46,13 @@ impl LiveTap {
             live.n_buckets(Split::Train),
             bytes(buffer)
         );
-        Ok(Self { live, first: Mutex::default(), shown: AtomicBool::new(false) })
+        let taps = live.taps().iter().map(|&(point, width)| SourceTap { point: Some(point), width });
+        let taps = taps.collect();
+        Ok(Self { live, taps, first: Mutex::default(), shown: AtomicBool::new(false) })
     }
 
-    fn make(&self, split: Split, index: usize) -> Result<Vec<f32>> {
+    /// All taps of a bucket: the model runs once for them.
+    fn make(&self, split: Split, index: usize) -> Result<Vec<Vec<f32>>> {
         let bar = if self.shown.swap(true, Ordering::Relaxed) {
             ProgressBar::hidden()
         } else {
@@ -60,6 +64,10 @@ impl LiveTap {
     }
 }
 
+fn share(vectors: Vec<Vec<f32>>) -> Vec<Vectors> {
+    vectors.into_iter().map(Arc::new).collect()
+}
+
 /// Bytes of memory this process may use.
 fn memory() -> u64 {
     let mut system = System::new();
@@ -67,9 +75,9 @@ fn memory() -> u64 {
     system.cgroup_limits().map_or(system.total_memory(), |limits| limits.total_memory)
 }
 
-impl ActivationSource for LiveTap {
-    fn width(&self) -> usize {
-        self.live.width()
+impl ActivationSource for LiveTaps {
+    fn taps(&self) -> &[SourceTap] {
+        &self.taps
     }
 
     fn n_vectors(&self) -> u64 {
@@ -80,37 +88,43 @@ impl ActivationSource for LiveTap {
         self.live.n_buckets(Split::Train)
     }
 
-    fn read(&self, shard: usize) -> Result<Arc<Vec<f32>>> {
+    fn read(&self, shard: usize, taps: &[usize]) -> Result<Vec<Vectors>> {
+        let choose = |all: &[Vectors]| taps.iter().map(|&tap| Arc::clone(&all[tap])).collect();
         let mut first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
         if shard != 0 {
             // Training is under way: what was kept for its beginning is not needed any more.
             first.take();
             drop(first);
-            return Ok(Arc::new(self.make(Split::Train, shard)?));
+            return Ok(choose(&share(self.make(Split::Train, shard)?)));
         }
-        if let Some(vectors) = &*first {
-            return Ok(Arc::clone(vectors));
+        if first.is_none() {
+            *first = Some(share(self.make(Split::Train, 0)?));
         }
-        let vectors = Arc::new(self.make(Split::Train, 0)?);
-        *first = Some(Arc::clone(&vectors));
-        Ok(vectors)
+        Ok(choose(first.as_deref().unwrap_or_default()))
     }
 
     /// Of the first bucket: the others do not exist yet.
-    fn statistics(&self) -> Result<Statistics> {
-        Statistics::of(&self.read(0)?, self.width(), |_| true)
+    fn statistics(&self, tap: usize) -> Result<Statistics> {
+        let vectors = self.read(0, &[tap])?;
+        Statistics::of(&vectors[0], self.taps[tap].width, |_| true)
     }
 
-    fn held_out(&self, limit: usize) -> Result<Vec<f32>> {
-        let (width, mut vectors) = (self.width(), Vec::new());
+    fn held_out(&self, taps: &[usize], limit: usize) -> Result<Vec<Vec<f32>>> {
+        let (mut chosen, mut n_rows) = (vec![Vec::new(); taps.len()], 0);
         for index in 0..self.live.n_buckets(Split::HeldOut) {
-            if vectors.len() >= limit * width {
+            if n_rows >= limit {
                 break;
             }
-            vectors.extend(self.make(Split::HeldOut, index)?);
+            let made = self.make(Split::HeldOut, index)?;
+            n_rows += made[0].len() / self.taps[0].width;
+            for (vectors, &tap) in chosen.iter_mut().zip(taps) {
+                vectors.extend(&made[tap]);
+            }
         }
-        vectors.truncate(limit * width);
-        Ok(vectors)
+        for (vectors, &tap) in chosen.iter_mut().zip(taps) {
+            vectors.truncate(limit * self.taps[tap].width);
+        }
+        Ok(chosen)
     }
 
     fn provenance(&self) -> &Value {

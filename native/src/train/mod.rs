@@ -30,10 +30,10 @@ pub mod vectors;
 
 pub use adam::Betas;
 pub use forward::Forward;
-pub use live::LiveTap;
+pub use live::LiveTaps;
 pub use params::{Latents, Moments, Params, Tensors};
 pub use run::Summary;
-pub use source::{ActivationSource, Statistics, StoreTap};
+pub use source::{ActivationSource, SourceTap, Statistics, StoreTaps, Vectors, Wiring};
 pub use step::{Settings, Trainer};
 pub use suite::{Job, run, run_all};
 pub use vectors::VectorsFile;

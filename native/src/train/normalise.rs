@@ -7,9 +7,9 @@
 
 use anyhow::{Result, ensure};
 
-use super::source::{ActivationSource, Statistics};
+use super::source::{ActivationSource, Statistics, Wiring};
 
-/// How raw vectors become training rows.
+/// How raw vectors of one tap become training rows.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Normalisation {
     /// The scalar C that vectors are divided by: C² = mean ‖x‖² of the vectors kept.
@@ -21,18 +21,18 @@ pub struct Normalisation {
 }
 
 impl Normalisation {
-    /// Measures the first shard of `source`; vectors longer than `max_norm` times the median norm are left out.
+    /// Measures the first shard of `source` at `tap`; vectors longer than `max_norm` times the median norm are left out.
     /// With `max_norm` 0 nothing is, and the source's own scale and mean are taken.
     ///
     /// # Errors
     /// If the shard cannot be read, or holds nothing but zeros.
-    pub fn measure(source: &dyn ActivationSource, max_norm: f64) -> Result<Self> {
+    pub fn measure(source: &dyn ActivationSource, tap: usize, max_norm: f64) -> Result<Self> {
         if max_norm <= 0.0 {
-            let Statistics { scale, mean } = source.statistics()?;
+            let Statistics { scale, mean } = source.statistics(tap)?;
             return Ok(Self { scale, mean, limit: f64::INFINITY });
         }
-        let vectors = source.read(0)?;
-        let width = source.width();
+        let vectors = source.read(0, &[tap])?.remove(0);
+        let width = source.taps()[tap].width;
         let mut norms: Vec<f64> = vectors.chunks_exact(width).map(norm).collect();
         ensure!(!norms.is_empty(), "the first shard holds no vectors");
         let middle = norms.len() / 2;
@@ -53,6 +53,32 @@ impl Normalisation {
     pub fn variance(&self) -> f64 {
         let mean: f64 = self.mean.iter().map(|m| (m / self.scale).powi(2)).sum();
         (1.0 - mean).max(f64::MIN_POSITIVE)
+    }
+}
+
+/// How raw inputs and targets become training rows.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Scaling {
+    /// Of the inputs.
+    pub input: Normalisation,
+    /// Of the targets, where they are not the inputs.
+    pub target: Option<Normalisation>,
+}
+
+impl Scaling {
+    /// Measures both taps of `wiring`.
+    ///
+    /// # Errors
+    /// As [`Normalisation::measure`].
+    pub fn measure(source: &dyn ActivationSource, wiring: Wiring, max_norm: f64) -> Result<Self> {
+        let measure = |tap| Normalisation::measure(source, tap, max_norm);
+        Ok(Self { input: measure(wiring.input)?, target: wiring.target.map(measure).transpose()? })
+    }
+
+    /// Of what is reconstructed.
+    #[must_use]
+    pub fn output(&self) -> &Normalisation {
+        self.target.as_ref().unwrap_or(&self.input)
     }
 }
 

@@ -3,6 +3,7 @@
 //! Both follow from the seed, the epoch and the shard alone, so a position is three numbers and resuming
 //! needs nothing else.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -13,8 +14,8 @@ use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use super::normalise::Normalisation;
-use super::source::ActivationSource;
+use super::normalise::{Normalisation, Scaling};
+use super::source::{ActivationSource, Vectors, Wiring};
 
 /// Where the next row comes from.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -28,90 +29,52 @@ pub struct Position {
     pub row: usize,
 }
 
-/// The vectors of a shard, raw, and the order of those that are trained on.
-type Loaded = (Arc<Vec<f32>>, Vec<u32>);
+/// The data type of a place in the order of shards: the epoch, and how many shards of it came before.
+type Place = (u64, usize);
 
-/// Batches of normalised rows from a source, in a seeded order, from any position. While one shard is used, the next is
-/// read on another thread.
-pub struct Batches<'a> {
+impl Position {
+    fn place(self) -> Place {
+        (self.epoch, self.shard)
+    }
+}
+
+/// The shards of a source in a seeded order, each read once for all that go through them side by side. While one is used,
+/// the next is read on another thread.
+pub struct Shards {
     source: Arc<dyn ActivationSource>,
-    normalisation: &'a Normalisation,
+    /// Those that anyone asks for, ascending.
+    taps: Vec<usize>,
     seed: u64,
-    position: Position,
-    loaded: Option<Loaded>,
+    held: BTreeMap<Place, Vec<Vectors>>,
     /// The shard being read ahead of time.
-    ahead: Option<(usize, JoinHandle<Result<Arc<Vec<f32>>>>)>,
-    /// Rows that will still be asked for: what lies beyond is not read ahead.
-    rows_left: u64,
+    ahead: Option<(Place, JoinHandle<Result<Vec<Vectors>>>)>,
     waited: Duration,
 }
 
-impl<'a> Batches<'a> {
-    /// Starts at `position`; about `n_rows` rows will be asked for.
+impl Shards {
+    /// The shards of `source` at the taps of `wirings`.
     #[must_use]
-    pub fn new(
-        source: &Arc<dyn ActivationSource>,
-        normalisation: &'a Normalisation,
-        seed: u64,
-        position: Position,
-        n_rows: u64,
-    ) -> Self {
+    pub fn new(source: &Arc<dyn ActivationSource>, wirings: &[Wiring], seed: u64) -> Self {
+        let taps: BTreeSet<usize> = wirings.iter().flat_map(|wiring| wiring.taps()).collect();
         Self {
             source: Arc::clone(source),
-            normalisation,
+            taps: taps.into_iter().collect(),
             seed,
-            position,
-            loaded: None,
+            held: BTreeMap::new(),
             ahead: None,
-            rows_left: n_rows,
             waited: Duration::ZERO,
         }
     }
 
-    /// The position after the last batch.
-    #[must_use]
-    pub fn position(&self) -> Position {
-        self.position
-    }
-
-    /// How long batches have waited for data so far.
+    /// How long their users have waited for data so far.
     #[must_use]
     pub fn waited(&self) -> Duration {
         self.waited
     }
 
-    /// Fills `out` with `n_rows` rows divided by the scalar C; outliers are passed over.
-    ///
-    /// # Errors
-    /// If a shard cannot be read or holds no rows.
-    pub fn fill(&mut self, n_rows: usize, out: &mut Vec<f32>) -> Result<()> {
-        let width = self.source.width();
-        #[expect(clippy::cast_possible_truncation, reason = "activations are f32")]
-        let inverse = (1.0 / self.normalisation.scale) as f32;
-        out.clear();
-        let mut empty_shards = 0;
-        while out.len() < n_rows * width {
-            let (vectors, rows) = match self.loaded.take() {
-                Some(loaded) => loaded,
-                None => self.load()?,
-            };
-            let wanted = n_rows - out.len() / width;
-            let end = rows.len().min(self.position.row + wanted);
-            for &row in &rows[self.position.row.min(end)..end] {
-                let start = row as usize * width;
-                out.extend(vectors[start..start + width].iter().map(|v| v * inverse));
-            }
-            self.position.row = end;
-            empty_shards = if rows.is_empty() { empty_shards + 1 } else { 0 };
-            ensure!(empty_shards <= self.source.n_shards(), "no shard holds a vector that can be trained on");
-            if end < rows.len() {
-                self.loaded = Some((vectors, rows));
-            } else {
-                self.position = self.after(self.position);
-            }
-        }
-        self.rows_left = self.rows_left.saturating_sub(n_rows as u64);
-        Ok(())
+    /// Lets go of what lies before `position`, where nobody stands any more.
+    pub fn forget_before(&mut self, position: Position) {
+        self.held = self.held.split_off(&position.place());
     }
 
     /// The beginning of the shard after the one of `position`.
@@ -123,74 +86,209 @@ impl<'a> Batches<'a> {
         }
     }
 
-    /// The number of the shard at `position`. The first of all is shard 0, whose statistics have been taken: a source that
+    /// The number of the shard at `place`. The first of all is shard 0, whose statistics have been taken: a source that
     /// makes its shards need not make it twice.
-    fn shard(&self, position: Position) -> Result<usize> {
+    fn number(&self, (epoch, shard): Place) -> Result<usize> {
         let mut shards: Vec<usize> = (0..self.source.n_shards()).collect();
-        shards.shuffle(&mut self.rng(position.epoch, u64::MAX));
-        if position.epoch == 0
+        shards.shuffle(&mut generator(self.seed, epoch, u64::MAX));
+        if epoch == 0
             && let Some(place) = shards.iter().position(|&shard| shard == 0)
         {
             shards[..=place].rotate_right(1);
         }
-        let shard = shards.get(position.shard).copied();
-        shard.with_context(|| format!("there is no shard {} to train on", position.shard))
+        shards.get(shard).copied().with_context(|| format!("there is no shard {shard} to train on"))
     }
 
-    /// The vectors of the current shard: read ahead, or else now. Starts reading the next.
-    fn load(&mut self) -> Result<Loaded> {
-        let shard = self.shard(self.position)?;
-        let started = Instant::now();
-        let vectors = match self.ahead.take() {
-            Some((ahead, reading)) if ahead == shard => {
-                reading.join().map_err(|_| anyhow!("reading shard {shard} failed"))??
-            }
-            _ => self.source.read(shard)?,
+    /// The number and the vectors of the shard at `position`, at `wanted`: held, read ahead, or else read now.
+    fn get(&mut self, position: Position, wanted: &[usize]) -> Result<(usize, Vec<Vectors>)> {
+        let (place, number) = (position.place(), self.number(position.place())?);
+        if !self.held.contains_key(&place) {
+            let started = Instant::now();
+            let vectors = match self.ahead.take() {
+                Some((ahead, reading)) if ahead == place => {
+                    reading.join().map_err(|_| anyhow!("reading shard {number} failed"))??
+                }
+                other => {
+                    self.ahead = other;
+                    self.source.read(number, &self.taps)?
+                }
+            };
+            self.waited += started.elapsed();
+            self.check(number, &vectors)?;
+            self.held.insert(place, vectors);
+        }
+        let all = &self.held[&place];
+        let find = |tap: &usize| {
+            let found = self.taps.binary_search(tap).ok().and_then(|at| all.get(at));
+            found.cloned().with_context(|| format!("tap {tap} of shard {number} was not read"))
         };
-        self.waited += started.elapsed();
-        let width = self.source.width();
-        ensure!(
-            !vectors.is_empty() && vectors.len().is_multiple_of(width),
-            "shard {shard} holds no whole rows"
-        );
-        let n_rows = u32::try_from(vectors.len() / width)?;
-        let mut rows: Vec<u32> = (0..n_rows)
-            .zip(vectors.chunks_exact(width))
-            .filter(|(_, vector)| self.normalisation.keeps(vector))
+        Ok((number, wanted.iter().map(find).collect::<Result<_>>()?))
+    }
+
+    /// Whether there are whole rows, of the same number at each tap.
+    fn check(&self, number: usize, vectors: &[Vectors]) -> Result<()> {
+        ensure!(vectors.len() == self.taps.len(), "shard {number} lacks a tap");
+        let width = |tap: usize| self.source.taps()[tap].width;
+        let n_rows = vectors[0].len() / width(self.taps[0]);
+        let whole = self.taps.iter().zip(vectors).all(|(&tap, v)| v.len() == n_rows * width(tap));
+        ensure!(n_rows > 0 && whole, "shard {number} holds no whole rows");
+        Ok(())
+    }
+
+    /// Starts reading the shard after the one of `position`.
+    fn read_ahead(&mut self, position: Position) -> Result<()> {
+        let next = self.after(position).place();
+        if self.ahead.is_none() && !self.held.contains_key(&next) {
+            let (number, source, taps) = (self.number(next)?, Arc::clone(&self.source), self.taps.clone());
+            self.ahead = Some((next, thread::spawn(move || source.read(number, &taps))));
+        }
+        Ok(())
+    }
+}
+
+/// A generator for `epoch` and `stream`.
+fn generator(seed: u64, epoch: u64, stream: u64) -> ChaCha8Rng {
+    let mut bytes = [0u8; 32];
+    bytes[..8].copy_from_slice(&seed.to_le_bytes());
+    bytes[8..16].copy_from_slice(&epoch.to_le_bytes());
+    bytes[16..24].copy_from_slice(&stream.to_le_bytes());
+    ChaCha8Rng::from_seed(bytes)
+}
+
+/// The vectors of a shard, raw, and the order of the rows that are trained on.
+struct Loaded {
+    x: Vectors,
+    y: Option<Vectors>,
+    rows: Vec<u32>,
+}
+
+/// Normalised rows of inputs, and of targets where those are not the inputs.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Pairs {
+    /// Inputs `[N, d_in]`.
+    pub x: Vec<f32>,
+    /// Targets `[N, d_out]`; empty when they are the inputs.
+    pub y: Vec<f32>,
+}
+
+impl Pairs {
+    /// What is reconstructed.
+    #[must_use]
+    pub fn targets(&self) -> &[f32] {
+        if self.y.is_empty() { &self.x } else { &self.y }
+    }
+}
+
+/// Batches of normalised rows for one wiring, in a seeded order, from any position.
+pub struct Batches {
+    wiring: Wiring,
+    scaling: Scaling,
+    position: Position,
+    loaded: Option<Loaded>,
+    /// Rows that will still be asked for: what lies beyond is not read ahead.
+    rows_left: u64,
+}
+
+impl Batches {
+    /// Starts at `position`; about `n_rows` rows will be asked for.
+    #[must_use]
+    pub fn new(wiring: Wiring, scaling: Scaling, position: Position, n_rows: u64) -> Self {
+        Self { wiring, scaling, position, loaded: None, rows_left: n_rows }
+    }
+
+    /// The position after the last batch.
+    #[must_use]
+    pub fn position(&self) -> Position {
+        self.position
+    }
+
+    /// Fills `out` with `n_rows` rows divided by the scalar C; outliers are passed over.
+    ///
+    /// # Errors
+    /// If a shard cannot be read or holds no rows.
+    pub fn fill(&mut self, shards: &mut Shards, n_rows: usize, out: &mut Pairs) -> Result<()> {
+        let (n_shards, width) = (shards.source.n_shards(), shards.source.taps()[self.wiring.input].width);
+        out.x.clear();
+        out.y.clear();
+        let mut empty_shards = 0;
+        while out.x.len() < n_rows * width {
+            let loaded = match self.loaded.take() {
+                Some(loaded) => loaded,
+                None => self.load(shards)?,
+            };
+            let wanted = n_rows - out.x.len() / width;
+            let end = loaded.rows.len().min(self.position.row + wanted);
+            let rows = &loaded.rows[self.position.row.min(end)..end];
+            extend(&mut out.x, &loaded.x, rows, &self.scaling.input);
+            if let Some(y) = &loaded.y {
+                extend(&mut out.y, y, rows, self.scaling.output());
+            }
+            self.position.row = end;
+            empty_shards = if loaded.rows.is_empty() { empty_shards + 1 } else { 0 };
+            ensure!(empty_shards <= n_shards, "no shard holds a vector that can be trained on");
+            if end < loaded.rows.len() {
+                self.loaded = Some(loaded);
+            } else {
+                self.position = shards.after(self.position);
+            }
+        }
+        self.rows_left = self.rows_left.saturating_sub(n_rows as u64);
+        Ok(())
+    }
+
+    /// The vectors of the current shard; the next is read ahead.
+    fn load(&mut self, shards: &mut Shards) -> Result<Loaded> {
+        let (number, mut vectors) = shards.get(self.position, &self.wiring.taps())?;
+        let y = self.wiring.target.and_then(|_| vectors.pop());
+        let x = vectors.pop().context("a shard without inputs")?;
+        let Scaling { input, target } = &self.scaling;
+        let mut rows: Vec<u32> = (0u32..)
+            .zip(x.chunks_exact(input.mean.len()))
+            .filter(|(_, vector)| input.keeps(vector))
             .map(|(row, _)| row)
             .collect();
-        rows.shuffle(&mut self.rng(self.position.epoch, shard as u64));
-        if ((rows.len() - self.position.row.min(rows.len())) as u64) < self.rows_left {
-            let next = self.shard(self.after(self.position))?;
-            let source = Arc::clone(&self.source);
-            self.ahead = Some((next, thread::spawn(move || source.read(next))));
+        if let (Some(y), Some(target)) = (&y, target) {
+            let width = target.mean.len();
+            rows.retain(|&row| target.keeps(&y[row as usize * width..][..width]));
         }
-        Ok((vectors, rows))
+        rows.shuffle(&mut generator(shards.seed, self.position.epoch, number as u64));
+        if ((rows.len() - self.position.row.min(rows.len())) as u64) < self.rows_left {
+            shards.read_ahead(self.position)?;
+        }
+        Ok(Loaded { x, y, rows })
     }
+}
 
-    /// A generator for `epoch` and `stream`.
-    fn rng(&self, epoch: u64, stream: u64) -> ChaCha8Rng {
-        let mut seed = [0u8; 32];
-        seed[..8].copy_from_slice(&self.seed.to_le_bytes());
-        seed[8..16].copy_from_slice(&epoch.to_le_bytes());
-        seed[16..24].copy_from_slice(&stream.to_le_bytes());
-        ChaCha8Rng::from_seed(seed)
+/// Appends `rows` of raw `vectors` to `out`, normalised.
+fn extend(out: &mut Vec<f32>, vectors: &[f32], rows: &[u32], normalisation: &Normalisation) {
+    let width = normalisation.mean.len();
+    #[expect(clippy::cast_possible_truncation, reason = "activations are f32")]
+    let inverse = (1.0 / normalisation.scale) as f32;
+    for &row in rows {
+        let start = row as usize * width;
+        out.extend(vectors[start..start + width].iter().map(|v| v * inverse));
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::source::Statistics;
+    use super::super::source::{SourceTap, Statistics};
     use super::*;
+    use std::sync::Mutex;
+
     use serde_json::Value;
     use shared::format::SaeMetadata;
 
-    /// Three shards of 4, 3 and 5 rows; row `r` of shard `s` holds `10 s + r` twice.
-    struct Three(Value);
+    /// Three shards of 4, 3 and 5 rows at two taps; row `r` of shard `s` holds `10 s + r` twice, and its negative once.
+    struct Three(Value, Mutex<Vec<usize>>);
+
+    const TAPS: [SourceTap; 2] = [SourceTap { point: None, width: 2 }, SourceTap { point: None, width: 1 }];
+    const PLAIN: Wiring = Wiring { input: 0, target: None };
+    const PAIR: Wiring = Wiring { input: 0, target: Some(1) };
 
     impl ActivationSource for Three {
-        fn width(&self) -> usize {
-            2
+        fn taps(&self) -> &[SourceTap] {
+            &TAPS
         }
         fn n_vectors(&self) -> u64 {
             12
@@ -198,13 +296,16 @@ mod tests {
         fn n_shards(&self) -> usize {
             3
         }
-        fn read(&self, shard: usize) -> Result<Arc<Vec<f32>>> {
-            Ok(Arc::new((0..[4, 3, 5][shard]).flat_map(|row| [(10 * shard + row) as f32; 2]).collect()))
+        fn read(&self, shard: usize, taps: &[usize]) -> Result<Vec<Vectors>> {
+            self.1.lock().unwrap().push(shard);
+            let rows = || (0..[4, 3, 5][shard]).map(|row| (10 * shard + row) as f32);
+            let both = [rows().flat_map(|v| [v; 2]).collect(), rows().map(|v| -v).collect::<Vec<_>>()];
+            Ok(taps.iter().map(|&tap| Arc::new(both[tap].clone())).collect())
         }
-        fn statistics(&self) -> Result<Statistics> {
+        fn statistics(&self, _: usize) -> Result<Statistics> {
             Ok(Statistics { scale: 0.5, mean: vec![0.0; 2] })
         }
-        fn held_out(&self, _: usize) -> Result<Vec<f32>> {
+        fn held_out(&self, _: &[usize], _: usize) -> Result<Vec<Vec<f32>>> {
             Ok(Vec::new())
         }
         fn provenance(&self) -> &Value {
@@ -215,65 +316,112 @@ mod tests {
         }
     }
 
-    fn three() -> Arc<dyn ActivationSource> {
-        Arc::new(Three(Value::Null))
+    fn three() -> Arc<Three> {
+        Arc::new(Three(Value::Null, Mutex::default()))
     }
 
-    fn plain() -> Normalisation {
-        Normalisation { scale: 0.5, mean: vec![0.0; 2], limit: f64::INFINITY }
+    fn shards(seed: u64, wirings: &[Wiring]) -> Shards {
+        let source: Arc<dyn ActivationSource> = three();
+        Shards::new(&source, wirings, seed)
     }
 
-    fn rows(batches: &mut Batches<'_>, n: usize) -> Vec<f32> {
-        let mut out = Vec::new();
-        batches.fill(n, &mut out).unwrap();
-        out.chunks_exact(2).map(|row| row[0] / 2.0).collect()
+    fn normalisation(width: usize, limit: f64) -> Normalisation {
+        Normalisation { scale: 0.5, mean: vec![0.0; width], limit }
+    }
+
+    fn plain() -> Scaling {
+        Scaling { input: normalisation(2, f64::INFINITY), target: None }
+    }
+
+    fn batches(scaling: &Scaling, position: Position) -> Batches {
+        Batches::new(PLAIN, scaling.clone(), position, 100)
+    }
+
+    fn rows(batches: &mut Batches, shards: &mut Shards, n: usize) -> Vec<f32> {
+        let mut out = Pairs::default();
+        batches.fill(shards, n, &mut out).unwrap();
+        assert_eq!(out.targets(), out.x);
+        out.x.chunks_exact(2).map(|row| row[0] / 2.0).collect()
     }
 
     #[test]
     fn every_epoch_holds_every_row_once_in_another_order() {
-        let (source, plain) = (three(), plain());
-        let mut batches = Batches::new(&source, &plain, 1, Position::default(), 100);
-        let (first, second) = (rows(&mut batches, 12), rows(&mut batches, 12));
+        let mut shards_1 = shards(1, &[PLAIN]);
+        let mut stream = batches(&plain(), Position::default());
+        let (first, second) = (rows(&mut stream, &mut shards_1, 12), rows(&mut stream, &mut shards_1, 12));
         assert_ne!(first, second);
         assert!(first[..4].iter().all(|row| *row < 4.0), "the first shard comes first: {first:?}");
-        for mut epoch in [first, second] {
+        for mut epoch in [first.clone(), second] {
             epoch.sort_by(f32::total_cmp);
             assert_eq!(epoch, [0.0, 1.0, 2.0, 3.0, 10.0, 11.0, 12.0, 20.0, 21.0, 22.0, 23.0, 24.0]);
         }
-        assert_eq!(batches.position(), Position { epoch: 2, shard: 0, row: 0 });
-        assert_ne!(rows(&mut Batches::new(&source, &plain, 2, Position::default(), 100), 12), {
-            rows(&mut Batches::new(&source, &plain, 1, Position::default(), 100), 12)
-        });
+        assert_eq!(stream.position(), Position { epoch: 2, shard: 0, row: 0 });
+        let other = rows(&mut batches(&plain(), Position::default()), &mut shards(2, &[PLAIN]), 12);
+        assert_ne!(other, first);
     }
 
     #[test]
-    fn outliers_are_passed_over() {
-        let source = three();
-        let some = Normalisation { limit: 15.0, ..plain() };
-        let mut epoch = rows(&mut Batches::new(&source, &some, 1, Position::default(), 100), 5);
+    fn outliers_are_passed_over_at_either_tap() {
+        let limited = |limit| Scaling { input: normalisation(2, limit), target: None };
+        let mut epoch = rows(&mut batches(&limited(15.0), Position::default()), &mut shards(1, &[PLAIN]), 5);
         epoch.sort_by(f32::total_cmp);
         assert_eq!(epoch, [0.0, 1.0, 2.0, 3.0, 10.0]);
-        let none = Normalisation { limit: -1.0, ..plain() };
-        assert!(Batches::new(&source, &none, 1, Position::default(), 100).fill(1, &mut Vec::new()).is_err());
+        let mut none = batches(&limited(-1.0), Position::default());
+        assert!(none.fill(&mut shards(1, &[PLAIN]), 1, &mut Pairs::default()).is_err());
+        let target = Some(normalisation(1, 3.0));
+        let scaling = Scaling { target, ..plain() };
+        let mut out = Pairs::default();
+        let mut pairs = Batches::new(PAIR, scaling, Position::default(), 4);
+        pairs.fill(&mut shards(1, &[PAIR]), 4, &mut out).unwrap();
+        assert!(out.targets().iter().all(|y| (-6.0..=0.0).contains(y)), "{out:?}");
+        assert!(out.x.chunks_exact(2).zip(&out.y).all(|(x, y)| x[0] == -y), "{out:?}");
 
         // The first shard has norms 0, 1, 2, 3 times √2; the upper median is 2.
-        let measured = Normalisation::measure(&*source, 1.25).unwrap();
-        assert!((measured.limit - 2.5 * 2f64.sqrt()).abs() < 1e-9);
-        assert_eq!(measured.mean, [1.0, 1.0]);
-        assert!((measured.scale - (10.0f64 / 3.0).sqrt()).abs() < 1e-9);
+        let measured = Scaling::measure(&*three(), PAIR, 1.25).unwrap();
+        let Normalisation { scale, mean, limit } = measured.input;
+        assert!((limit - 2.5 * 2f64.sqrt()).abs() < 1e-9);
+        assert_eq!(mean, [1.0, 1.0]);
+        assert!((scale - (10.0f64 / 3.0).sqrt()).abs() < 1e-9);
+        assert_eq!(measured.target.unwrap().mean, [-1.0]);
     }
 
     #[test]
     fn any_position_can_be_resumed() {
-        let (source, plain) = (three(), plain());
-        let mut whole = Batches::new(&source, &plain, 7, Position::default(), 100);
-        let all = rows(&mut whole, 40);
+        let mut whole = batches(&plain(), Position::default());
+        let all = rows(&mut whole, &mut shards(7, &[PLAIN]), 40);
         let mut done = 0;
         let mut position = Position::default();
         for n in [1, 5, 2, 9, 11, 12] {
-            let mut part = Batches::new(&source, &plain, 7, position, 100);
-            assert_eq!(rows(&mut part, n), all[done..done + n]);
+            let mut part = batches(&plain(), position);
+            assert_eq!(rows(&mut part, &mut shards(7, &[PLAIN]), n), all[done..done + n]);
             (done, position) = (done + n, part.position());
         }
+    }
+
+    #[test]
+    fn a_shard_is_read_once_for_all() {
+        let source = three();
+        let seen: Arc<dyn ActivationSource> = source.clone();
+        let mut shards = Shards::new(&seen, &[PLAIN, PAIR], 3);
+        let pair = Scaling { target: Some(normalisation(1, f64::INFINITY)), ..plain() };
+        let mut streams =
+            [batches(&plain(), Position::default()), Batches::new(PAIR, pair, Position::default(), 12)];
+        let mut alone = Vec::new();
+        for _ in 0..4 {
+            for stream in &mut streams {
+                let mut out = Pairs::default();
+                stream.fill(&mut shards, 3, &mut out).unwrap();
+                alone.push(out.x);
+            }
+            assert_eq!(alone[alone.len() - 2], alone[alone.len() - 1]);
+            shards.forget_before(streams.iter().map(Batches::position).min().unwrap());
+        }
+        assert!(shards.held.len() <= 1);
+        drop(shards.ahead.take().map(|(_, reading)| reading.join()));
+        let mut read = source.1.lock().unwrap().clone();
+        // One of the second epoch may have been read ahead.
+        read.truncate(3);
+        read.sort_unstable();
+        assert_eq!(read, [0, 1, 2]);
     }
 }

@@ -18,15 +18,15 @@ use shared::metrics::{Dead, Fvu, L0};
 use shared::{Rows, Sae};
 
 use super::checkpoint::{self, State};
-use super::guard::Guard;
+use super::guard::{Guard, Verdict};
 use super::init;
 use super::interval::Interval;
 use super::log::{Line, Log};
-use super::normalise::Normalisation;
-use super::order::{Batches, Position};
+use super::normalise::Scaling;
+use super::order::{Batches, Pairs, Position, Shards};
 use super::pressure::Pressure;
 use super::schedule::{betas, rates};
-use super::source::ActivationSource;
+use super::source::{ActivationSource, Wiring};
 use super::step::{Settings, Trainer};
 use crate::cpu::CpuBackend;
 use crate::files::write_bytes;
@@ -55,6 +55,8 @@ pub struct Summary {
     pub held_out_fvu: Option<f64>,
     /// Batches not learned from.
     pub skipped: u64,
+    /// How often earlier parameters were taken up again.
+    pub rolled_back: u32,
     /// Training speed of this process, over all its steps.
     pub tokens_per_s: f64,
 }
@@ -68,6 +70,9 @@ struct RunFile {
     data: Value,
     /// The scalar C that was folded into the weights.
     scale: f64,
+    /// That of a transcoder's targets.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    target_scale: Option<f64>,
     /// Raw vectors longer than this were not trained on.
     max_input_norm: Option<f64>,
     metrics: Summary,
@@ -91,26 +96,32 @@ pub(super) fn finished(out: &Path, identity: &Value) -> Result<Option<Summary>> 
 /// What the first steps of every run over the same data need of it.
 #[derive(Debug, Clone)]
 pub(super) struct Beginning {
-    pub(super) normalisation: Normalisation,
+    scaling: Scaling,
     /// Normalised rows.
-    pub(super) sample: Vec<f32>,
+    sample: Pairs,
 }
 
 impl Beginning {
     /// Measures `source`.
-    pub(super) fn measure(source: &Arc<dyn ActivationSource>, config: &TrainConfig) -> Result<Self> {
-        let normalisation = Normalisation::measure(&**source, config.max_norm)?;
-        let mut sample = Vec::new();
+    pub(super) fn measure(
+        source: &Arc<dyn ActivationSource>,
+        wiring: Wiring,
+        config: &TrainConfig,
+    ) -> Result<Self> {
+        let scaling = Scaling::measure(&**source, wiring, config.max_norm)?;
+        let mut sample = Pairs::default();
         let rows = usize::try_from(source.n_vectors())?.min(init::SAMPLE_ROWS);
-        Batches::new(source, &normalisation, config.seed, Position::default(), rows as u64)
-            .fill(rows, &mut sample)?;
-        Ok(Self { normalisation, sample })
+        let mut shards = Shards::new(source, &[wiring], config.seed);
+        let mut batches = Batches::new(wiring, scaling.clone(), Position::default(), rows as u64);
+        batches.fill(&mut shards, rows, &mut sample)?;
+        Ok(Self { scaling, sample })
     }
 }
 
 /// One autoencoder in training.
 pub(super) struct Run<'a> {
     source: &'a Arc<dyn ActivationSource>,
+    wiring: Wiring,
     config: &'a TrainConfig,
     out: PathBuf,
     identity: Value,
@@ -127,25 +138,30 @@ impl<'a> Run<'a> {
     /// Goes on from the checkpoint in `out`, or begins.
     pub(super) fn start(
         source: &'a Arc<dyn ActivationSource>,
+        wiring: Wiring,
         config: &'a TrainConfig,
         out: &Path,
         identity: Value,
         beginning: impl FnOnce() -> Result<Beginning>,
     ) -> Result<Self> {
-        let state = match checkpoint::load(out, config, source.width(), &identity)? {
+        let widths = widths(&**source, wiring);
+        let state = match checkpoint::load(out, config, widths, &identity)? {
             Some(state) => {
                 tracing::info!("{}: going on from step {}", out.display(), state.trainer.step);
+                if to_keep(config, &state) {
+                    checkpoint::keep(out)?;
+                }
                 state
             }
             None => {
-                let Beginning { normalisation, sample } = beginning()?;
-                let params = init::params(config, &normalisation, &sample)?;
+                let Beginning { scaling, sample } = beginning()?;
+                let params = init::params(config, &scaling, &sample)?;
                 State {
                     trainer: Trainer::new(params, config.momentum() > 0.0),
                     position: Position::default(),
                     guard: Guard::default(),
                     dead: Dead::new(config.width),
-                    normalisation,
+                    scaling,
                     pressure: Pressure::new(config),
                 }
             }
@@ -155,6 +171,7 @@ impl<'a> Run<'a> {
         write_bytes(&out.join("config.toml"), to_toml(config)?.as_bytes())?;
         Ok(Self {
             source,
+            wiring,
             config,
             out: out.to_owned(),
             identity,
@@ -173,8 +190,8 @@ impl<'a> Run<'a> {
     }
 
     /// How the data was measured when the run began.
-    pub(super) fn normalisation(&self) -> &Normalisation {
-        &self.state.normalisation
+    pub(super) fn scaling(&self) -> &Scaling {
+        &self.state.scaling
     }
 
     /// Steps taken, and left.
@@ -183,20 +200,26 @@ impl<'a> Run<'a> {
         (step, self.config.total_steps().saturating_sub(step))
     }
 
-    /// Learns from a batch of normalised rows, after which the stream stands at `position` and has been waited for `waited`.
-    pub(super) fn step(&mut self, rows: Rows<'_>, position: Position, waited: Duration) -> Result<()> {
+    /// Learns from a batch, after which the stream stands at `position` and has been waited for `waited`.
+    pub(super) fn step(&mut self, batch: &Pairs, position: Position, waited: Duration) -> Result<()> {
         let (config, step) = (self.config, self.state.trainer.step);
         let objective = self.objective();
         let [lr, own_lr] = rates(config, step);
         let settings = Settings { lr, own_lr, betas: betas(config), objective: &objective };
-        let forward = self.state.trainer.forward(rows, rows, &objective)?;
+        let [d_in, d_out] = widths(&**self.source, self.wiring);
+        let (x, y) = (Rows::new(&batch.x, d_in)?, Rows::new(batch.targets(), d_out)?);
+        let forward = self.state.trainer.forward(x, y, &objective)?;
         self.state.position = position;
-        if self.state.guard.accept(&forward.losses())? {
-            self.state.trainer.update(&forward, &settings)?;
-            let params = &self.state.trainer.params;
-            self.state.dead.update_fired(rows.n_rows() as u64, forward.fired(params));
-            self.state.pressure.observe(config, step, &forward, params);
-            self.interval.add(&forward, &settings);
+        match self.state.guard.accept(&forward.losses())? {
+            Verdict::Learn => {
+                self.state.trainer.update(&forward, &settings)?;
+                let params = &self.state.trainer.params;
+                self.state.dead.update_fired(x.n_rows() as u64, forward.fired(params));
+                self.state.pressure.observe(config, step, &forward, params);
+                self.interval.add(&forward, &settings);
+            }
+            Verdict::Skip => {}
+            Verdict::RollBack => return self.roll_back(waited),
         }
         let (step, left) = self.steps();
         if step.is_multiple_of(config.log_every) || left == 0 {
@@ -204,7 +227,34 @@ impl<'a> Run<'a> {
         }
         if step.is_multiple_of(config.checkpoint_every) {
             self.save()?;
+            if to_keep(config, &self.state) {
+                checkpoint::keep(&self.out)?;
+            }
         }
+        Ok(())
+    }
+
+    /// Takes up earlier parameters, and goes on with what comes next in the data.
+    fn roll_back(&mut self, waited: Duration) -> Result<()> {
+        let widths = widths(&**self.source, self.wiring);
+        let earlier = checkpoint::load_earlier(&self.out, self.config, widths, &self.identity)?;
+        let earlier = earlier.with_context(|| {
+            format!(
+                "the first {} batches could not be learned from, and there is nothing earlier to go back to: look at the \
+                 data, or train with a lower lr",
+                self.state.guard.skipped
+            )
+        })?;
+        let step = earlier.trainer.step;
+        tracing::warn!(
+            "{}: batches could not be learned from since step {}; going back to step {step}",
+            self.out.display(),
+            self.state.trainer.step
+        );
+        let guard = self.state.guard.after_rolling_back(&earlier.guard);
+        self.state = State { guard, position: self.state.position, ..earlier };
+        self.log = Log::open(&self.out.join("log.jsonl"), step)?;
+        self.interval = Interval::new(step, waited);
         Ok(())
     }
 
@@ -218,7 +268,8 @@ impl<'a> Run<'a> {
         let (config, State { dead, pressure, trainer, .. }) = (self.config, &self.state);
         let mask = || dead.mask_within(config.dead_window.0);
         let lengths = config.prefix_lengths();
-        let normaliser = if config.activation.chooses() { self.state.normalisation.variance() } else { 1.0 };
+        let normaliser =
+            if config.activation.chooses() { self.state.scaling.output().variance() } else { 1.0 };
         Objective {
             sparsity: pressure.sparsity(config, trainer.step),
             prefixes: lengths.into_iter().map(|n_latents| Prefix { n_latents, weight: 1.0 }).collect(),
@@ -234,9 +285,9 @@ impl<'a> Run<'a> {
     }
 
     fn write_line(&mut self, settings: &Settings<'_>, waited: Duration) -> Result<()> {
-        let State { trainer, guard, dead, normalisation, .. } = &self.state;
+        let State { trainer, guard, dead, scaling, .. } = &self.state;
         if self.interval.n_steps > 0 {
-            let variance = normalisation.variance();
+            let variance = scaling.output().variance();
             let (skipped, step) = (guard.skipped, trainer.step);
             let line = self.interval.line(variance, settings, dead, self.config, skipped, step, waited);
             self.message = format!(
@@ -259,8 +310,9 @@ impl<'a> Run<'a> {
         let State { trainer, guard, dead, .. } = &self.state;
         let (l0, fvu) = self.last_tenth()?;
         let sae = {
-            let scale = self.state.normalisation.scale;
-            trainer.params.release(Scales { input: scale, output: scale })?
+            let Scaling { input, .. } = &self.state.scaling;
+            let scales = Scales { input: input.scale, output: self.state.scaling.output().scale };
+            trainer.params.release(scales)?
         };
         let (held_out_l0, held_out_fvu) = self.held_out(&sae)?;
         #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^53")]
@@ -273,20 +325,26 @@ impl<'a> Run<'a> {
             held_out_l0,
             held_out_fvu,
             skipped: guard.skipped,
+            rolled_back: guard.rolled_back,
             tokens_per_s: ((trainer.step - self.first_step) * batch) as f64 / elapsed.max(1e-9),
         };
         let mut metadata = self.source.metadata();
+        let taps = self.source.taps();
+        metadata.tap = taps[self.wiring.input].point;
+        metadata.target = self.wiring.target.and_then(|target| taps[target].point);
+        let data = self.wiring.provenance(&**self.source);
         metadata.provenance.insert("training".to_owned(), json!(self.config));
         metadata.provenance.insert(input_limit::PROVENANCE_KEY.to_owned(), json!(self.max_input_norm()));
-        metadata.provenance.insert("data".to_owned(), self.source.provenance().clone());
+        metadata.provenance.insert("data".to_owned(), data.clone());
         write_sae(&self.out, SaeFormat::SaeLens, &SaeFile { sae, metadata })?;
         checkpoint::save(&self.out, &self.state, &self.identity)?;
         let file = RunFile {
             writer: format!("stratascope {}", env!("CARGO_PKG_VERSION")),
             identity: self.identity.clone(),
             config: self.config.clone(),
-            data: self.source.provenance().clone(),
-            scale: self.state.normalisation.scale,
+            data,
+            scale: self.state.scaling.input.scale,
+            target_scale: self.state.scaling.target.as_ref().map(|target| target.scale),
             max_input_norm: self.max_input_norm(),
             metrics: metrics.clone(),
         };
@@ -296,7 +354,7 @@ impl<'a> Run<'a> {
     }
 
     fn max_input_norm(&self) -> Option<f64> {
-        Some(self.state.normalisation.limit).filter(|limit| limit.is_finite())
+        Some(self.state.scaling.input.limit).filter(|limit| limit.is_finite())
     }
 
     /// L0 and FVU over the log lines of the last tenth of the steps.
@@ -312,18 +370,37 @@ impl<'a> Run<'a> {
 
     /// L0 and FVU of the released weights on vectors that were never trained on, outliers left out as in training.
     fn held_out(&self, sae: &Sae) -> Result<(Option<f64>, Option<f64>)> {
-        let width = self.source.width();
-        let raw = self.source.held_out(HELD_OUT_ROWS)?;
-        let kept = raw.chunks_exact(width).filter(|row| self.state.normalisation.keeps(row));
-        let vectors: Vec<f32> = kept.flatten().copied().collect();
+        let mut raw = self.source.held_out(&self.wiring.taps(), HELD_OUT_ROWS)?;
+        let Scaling { input, target } = &self.state.scaling;
+        let y = target.as_ref().and_then(|_| raw.pop());
+        let x = raw.pop().unwrap_or_default();
+        let [d_in, d_out] = widths(&**self.source, self.wiring);
+        let y = y.as_deref().unwrap_or(&x);
+        let keeps = |(x, y): &(&[f32], &[f32])| {
+            input.keeps(x) && target.as_ref().is_none_or(|target| target.keeps(y))
+        };
+        let kept = x.chunks_exact(d_in).zip(y.chunks_exact(d_out)).filter(keeps);
+        let (x, y): (Vec<&[f32]>, Vec<&[f32]>) = kept.unzip();
         let backend = CpuBackend::new(sae.clone());
-        let (mut l0, mut fvu) = (L0::new(), Fvu::new(width));
-        for rows in vectors.chunks(1024 * width) {
-            let x = Rows::new(rows, width)?;
-            let codes = backend.encode(x)?;
+        let (mut l0, mut fvu) = (L0::new(), Fvu::new(d_out));
+        for (x, y) in x.chunks(1024).zip(y.chunks(1024)) {
+            let (x, y) = (x.concat(), y.concat());
+            let codes = backend.encode(Rows::new(&x, d_in)?)?;
             l0.update(&codes);
-            fvu.update(x, Rows::new(&backend.decode(&codes)?, width)?)?;
+            fvu.update(Rows::new(&y, d_out)?, Rows::new(&backend.decode(&codes)?, d_out)?)?;
         }
         Ok((l0.mean(), fvu.value()))
     }
+}
+
+/// Widths of inputs and targets.
+fn widths(source: &dyn ActivationSource, wiring: Wiring) -> [usize; 2] {
+    [wiring.input, wiring.target.unwrap_or(wiring.input)].map(|tap| source.taps()[tap].width)
+}
+
+/// Whether the checkpoint just written, or read, is one to go back to. It follows from the step alone, so that a run that was
+/// killed goes back as far as one that was not.
+fn to_keep(config: &TrainConfig, state: &State) -> bool {
+    let step = state.trainer.step;
+    step > 0 && step.is_multiple_of(config.checkpoint_every) && state.guard.is_calm()
 }

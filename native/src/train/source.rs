@@ -1,12 +1,13 @@
-//! Where activation vectors come from: the seam, its statistics, and the tap of a store.
+//! Where activation vectors come from: the seam, its statistics, and the taps of a store.
 //!
 //! [`super::vectors`] is one safetensors file, [`super::live`] a language model.
 
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
+use shared::config::train::TrainConfig;
 use shared::format::SaeMetadata;
 use shared::tap::TapPoint;
 
@@ -45,77 +46,132 @@ impl Statistics {
     }
 }
 
-/// Shards of raw activation vectors, with what training needs to know of them as a whole. Several threads may read.
-pub trait ActivationSource: Send + Sync {
+/// A tap of a source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SourceTap {
+    /// Where in the language model; unknown for vectors of a file.
+    pub point: Option<TapPoint>,
     /// Values of a vector.
-    fn width(&self) -> usize;
-    /// Training vectors in all.
+    pub width: usize,
+}
+
+/// Raw vectors of one tap, row-major.
+pub type Vectors = Arc<Vec<f32>>;
+
+/// Shards of raw activation vectors at some taps, with what training needs to know of them as a whole. Row i of a shard
+/// belongs to the same token at every tap. Several threads may read.
+pub trait ActivationSource: Send + Sync {
+    /// What there is; other methods count taps in this order.
+    fn taps(&self) -> &[SourceTap];
+    /// Training vectors of each tap.
     fn n_vectors(&self) -> u64;
     /// Training shards.
     fn n_shards(&self) -> usize;
-    /// The raw vectors of one training shard, row-major.
+    /// The raw vectors of one training shard at `taps`.
     ///
     /// # Errors
     /// If the shard is missing, damaged or of another shape, or cannot be made.
-    fn read(&self, shard: usize) -> Result<Arc<Vec<f32>>>;
-    /// The statistics of all training vectors, as far as they are known without reading more than one shard.
+    fn read(&self, shard: usize, taps: &[usize]) -> Result<Vec<Vectors>>;
+    /// The statistics of all training vectors at `tap`, as far as they are known without reading more than one shard.
     ///
     /// # Errors
     /// As [`ActivationSource::read`].
-    fn statistics(&self) -> Result<Statistics>;
-    /// Raw vectors that are never trained on, at most `limit` of them; empty when there are none.
+    fn statistics(&self, tap: usize) -> Result<Statistics>;
+    /// Raw vectors that are never trained on, at most `limit` rows, at each of `taps`; empty when there are none.
     ///
     /// # Errors
     /// As [`ActivationSource::read`].
-    fn held_out(&self, limit: usize) -> Result<Vec<f32>>;
-    /// What identifies these vectors: for provenance, and to refuse resuming on others.
+    fn held_out(&self, taps: &[usize], limit: usize) -> Result<Vec<Vec<f32>>>;
+    /// What identifies these vectors, whatever the tap: for provenance, and to refuse resuming on others. A JSON object.
     fn provenance(&self) -> &Value;
-    /// What the weights should say about the data they read.
+    /// What the weights should say about the data they read, but for the tap.
     fn metadata(&self) -> SaeMetadata;
 }
 
-/// One tap of a [`Store`].
-#[derive(Debug)]
-pub struct StoreTap {
-    store: Store,
-    point: TapPoint,
-    width: usize,
-    statistics: Statistics,
-    provenance: Value,
+/// What an autoencoder reads, and what it reconstructs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Wiring {
+    /// The tap that is encoded.
+    pub input: usize,
+    /// The tap that is reconstructed, for a transcoder; else the input itself is.
+    pub target: Option<usize>,
 }
 
-impl StoreTap {
-    /// Opens tap `point` of the store in `folder`; without a point, the only tap there is.
+impl Wiring {
+    /// The taps that `config` asks for, among those of `source`; without a word the only one.
     ///
     /// # Errors
-    /// If there is no store, or it does not hold the tap.
-    pub fn open(folder: &Path, point: Option<TapPoint>) -> Result<Self> {
-        let store = Store::open(folder)?;
-        let point = match (point, &store.manifest().taps[..]) {
-            (Some(point), _) => point,
-            (None, [only]) => only.point,
-            (None, taps) => {
-                let names: Vec<String> = taps.iter().map(|t| t.point.to_string()).collect();
-                anyhow::bail!(
-                    "{} holds several taps; choose with --tap: {}",
-                    folder.display(),
-                    names.join(", ")
-                )
-            }
+    /// If the source does not have them, or has several and none is named.
+    pub fn of(config: &TrainConfig, source: &dyn ActivationSource) -> Result<Self> {
+        let taps = source.taps();
+        let names = || {
+            let name =
+                |t: &SourceTap| t.point.map_or_else(|| "one without a name".to_owned(), |p| p.to_string());
+            taps.iter().map(name).collect::<Vec<_>>().join(", ")
         };
-        let tap = store.tap(point)?;
-        let (width, scale) = (tap.width, tap.scale);
-        ensure!(store.n_vectors(Split::Train) > 0, "{} holds no training vectors", folder.display());
-        let mean = store.mean(point)?.into_iter().map(f64::from).collect();
-        let provenance =
-            json!({ "store_manifest_sha256": store.manifest_sha256(), "tap": point.to_string() });
-        Ok(Self { store, point, width, statistics: Statistics { scale, mean }, provenance })
+        let find = |point: TapPoint| {
+            let found = taps.iter().position(|tap| tap.point == Some(point));
+            found.with_context(|| format!("the data hold no tap {point}; they hold {}", names()))
+        };
+        let input = match (config.tap, taps) {
+            (Some(point), _) => find(point)?,
+            (None, [_]) => 0,
+            (None, _) => bail!("the data hold several taps; choose with --tap: {}", names()),
+        };
+        let target = config.target.map(find).transpose()?;
+        ensure!(target != Some(input), "tap and target are both {}", names());
+        Ok(Self { input, target })
+    }
+
+    /// Its taps, the input first.
+    #[must_use]
+    pub fn taps(self) -> Vec<usize> {
+        [Some(self.input), self.target].into_iter().flatten().collect()
+    }
+
+    /// What identifies the vectors.
+    #[must_use]
+    pub fn provenance(self, source: &dyn ActivationSource) -> Value {
+        let mut all = source.provenance().clone();
+        for (key, tap) in [("tap", Some(self.input)), ("target", self.target)] {
+            if let Some(point) = tap.and_then(|tap| source.taps()[tap].point) {
+                all[key] = json!(point.to_string());
+            }
+        }
+        all
     }
 }
 
-impl ActivationSource for StoreTap {
-    fn width(&self) -> usize {
-        self.width
+/// The taps of a [`Store`].
+#[derive(Debug)]
+pub struct StoreTaps {
+    store: Store,
+    taps: Vec<SourceTap>,
+    provenance: Value,
+}
+
+impl StoreTaps {
+    /// Opens the store at `place`.
+    ///
+    /// # Errors
+    /// If there is no store, or it holds no vectors to train on.
+    pub fn open(place: &Path) -> Result<Self> {
+        let store = Store::open(place)?;
+        ensure!(store.n_vectors(Split::Train) > 0, "{} holds no training vectors", place.display());
+        let tap = |tap: &crate::store::TapInfo| SourceTap { point: Some(tap.point), width: tap.width };
+        let taps = store.manifest().taps.iter().map(tap).collect();
+        let provenance = json!({ "store_manifest_sha256": store.manifest_sha256() });
+        Ok(Self { store, taps, provenance })
+    }
+
+    fn point(&self, tap: usize) -> TapPoint {
+        self.store.manifest().taps[tap].point
+    }
+}
+
+impl ActivationSource for StoreTaps {
+    fn taps(&self) -> &[SourceTap] {
+        &self.taps
     }
 
     fn n_vectors(&self) -> u64 {
@@ -126,24 +182,29 @@ impl ActivationSource for StoreTap {
         self.store.n_shards(Split::Train)
     }
 
-    fn read(&self, shard: usize) -> Result<Arc<Vec<f32>>> {
-        Ok(Arc::new(self.store.read_shard(self.point, Split::Train, shard)?.vectors))
+    fn read(&self, shard: usize, taps: &[usize]) -> Result<Vec<Vectors>> {
+        let read = |tap: &usize| self.store.read_shard(self.point(*tap), Split::Train, shard);
+        taps.iter().map(|tap| Ok(Arc::new(read(tap)?.vectors))).collect()
     }
 
-    fn statistics(&self) -> Result<Statistics> {
-        Ok(self.statistics.clone())
+    fn statistics(&self, tap: usize) -> Result<Statistics> {
+        let mean = self.store.mean(self.point(tap))?.into_iter().map(f64::from).collect();
+        Ok(Statistics { scale: self.store.manifest().taps[tap].scale, mean })
     }
 
-    fn held_out(&self, limit: usize) -> Result<Vec<f32>> {
-        let mut vectors = Vec::new();
-        for shard in 0..self.store.n_shards(Split::HeldOut) {
-            if vectors.len() >= limit * self.width {
-                break;
+    fn held_out(&self, taps: &[usize], limit: usize) -> Result<Vec<Vec<f32>>> {
+        let one = |tap: &usize| {
+            let (mut vectors, most) = (Vec::new(), limit * self.taps[*tap].width);
+            for shard in 0..self.store.n_shards(Split::HeldOut) {
+                if vectors.len() >= most {
+                    break;
+                }
+                vectors.extend(self.store.read_shard(self.point(*tap), Split::HeldOut, shard)?.vectors);
             }
-            vectors.extend(self.store.read_shard(self.point, Split::HeldOut, shard)?.vectors);
-        }
-        vectors.truncate(limit * self.width);
-        Ok(vectors)
+            vectors.truncate(most);
+            Ok(vectors)
+        };
+        taps.iter().map(one).collect()
     }
 
     fn provenance(&self) -> &Value {
@@ -154,7 +215,6 @@ impl ActivationSource for StoreTap {
         let manifest = self.store.manifest();
         SaeMetadata {
             model_name: Some(manifest.model.name.clone()),
-            tap: Some(self.point),
             context_size: Some(manifest.sequence_length),
             prepend_bos: Some(manifest.tokenizer.bos.is_some()),
             ..SaeMetadata::default()

@@ -4,19 +4,21 @@
 //! alone; the others go on. After a kill they may stand at different batches: the stream begins again at the earliest, and
 //! those ahead of it wait.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use indicatif::ProgressBar;
-use shared::Rows;
 use shared::config::train::TrainConfig;
 
 use super::checkpoint;
-use super::order::Batches;
+use super::normalise::Scaling;
+use super::order::{Batches, Pairs, Position, Shards};
 use super::run::{Beginning, Run, Summary, finished};
-use super::source::ActivationSource;
+use super::source::{ActivationSource, Wiring};
 use crate::progress;
 use crate::stop::{StopFlag, Stopped};
 
@@ -48,10 +50,13 @@ pub fn run(
     results.pop().unwrap_or_else(|| Err(anyhow!("nothing was trained")))
 }
 
-/// Trains all `jobs` on the batches of one stream; returns how each ended, in their order.
+/// Trains all `jobs` on one pass over the data; returns how each ended, in their order.
+///
+/// Those that read the same taps in batches of the same size share every batch; all share what is read from the source.
 ///
 /// # Errors
-/// If the jobs disagree about the stream, data cannot be read, or a stop was asked for ([`Stopped`], after checkpoints).
+/// If the jobs disagree about the order of the data, data cannot be read, or a stop was asked for ([`Stopped`], after
+/// checkpoints).
 pub fn run_all(
     source: &Arc<dyn ActivationSource>,
     jobs: &[Job],
@@ -59,27 +64,12 @@ pub fn run_all(
 ) -> Result<Vec<Result<Summary>>> {
     check(jobs)?;
     let mut results: Vec<Option<Result<Summary>>> = Vec::new();
-    let (mut runs, mut beginning) = (Vec::new(), None);
+    let (mut runs, mut beginnings) = (Vec::new(), BTreeMap::new());
     for (index, job) in jobs.iter().enumerate() {
-        let identity = checkpoint::identity(&job.config, source.provenance())?;
-        let started = finished(&job.out, &identity).and_then(|done| match done {
-            Some(summary) => {
-                tracing::info!("{} is already trained with this configuration and data", job.out.display());
-                Ok((Some(summary), None))
-            }
-            None => {
-                // Measured when the first run needs it, and only once.
-                let begin = || match &beginning {
-                    Some(known) => Ok(Beginning::clone(known)),
-                    None => Ok(beginning.insert(Beginning::measure(source, &job.config)?).clone()),
-                };
-                Ok((None, Some(Run::start(source, &job.config, &job.out, identity, begin)?)))
-            }
-        });
-        match started {
+        match begin(source, job, &mut beginnings) {
             Ok((summary, run)) => {
                 results.push(summary.map(Ok));
-                runs.extend(run.map(|run| (index, run)));
+                runs.extend(run.map(|(wiring, run)| Member { job: index, wiring, run }));
             }
             Err(error) if error.is::<Stopped>() => return Err(error),
             Err(error) => results.push(Some(Err(error))),
@@ -88,16 +78,39 @@ pub fn run_all(
     Suite { source, jobs, runs, results }.train(stop)
 }
 
-/// Whether one stream can serve all jobs.
+/// What runs must have in common to share how their data were measured.
+type Measured = (Wiring, u64);
+
+/// The summary of a job that is finished, or else its run.
+#[expect(clippy::type_complexity, reason = "one or the other")]
+fn begin<'a>(
+    source: &'a Arc<dyn ActivationSource>,
+    job: &'a Job,
+    beginnings: &mut BTreeMap<Measured, Beginning>,
+) -> Result<(Option<Summary>, Option<(Wiring, Run<'a>)>)> {
+    let wiring = Wiring::of(&job.config, &**source)?;
+    let identity = checkpoint::identity(&job.config, &wiring.provenance(&**source))?;
+    if let Some(summary) = finished(&job.out, &identity)? {
+        tracing::info!("{} is already trained with this configuration and data", job.out.display());
+        return Ok((Some(summary), None));
+    }
+    // Measured when the first run needs it, and only once.
+    let begin = || match beginnings.entry((wiring, job.config.max_norm.to_bits())) {
+        Entry::Occupied(known) => Ok(known.get().clone()),
+        Entry::Vacant(entry) => Ok(entry.insert(Beginning::measure(source, wiring, &job.config)?).clone()),
+    };
+    let run = Run::start(source, wiring, &job.config, &job.out, identity, begin)?;
+    Ok((None, Some((wiring, run))))
+}
+
+/// Whether one pass can serve all jobs.
 fn check(jobs: &[Job]) -> Result<()> {
     let first = jobs.first().context("there is nothing to train")?;
     for job in jobs {
         job.config.check().with_context(|| job.name.clone())?;
-        let (a, b) = (&first.config, &job.config);
-        let stream = |c: &TrainConfig| (c.batch, c.seed, c.max_norm.to_bits(), c.tap);
         ensure!(
-            stream(a) == stream(b),
-            "{} and {} cannot share a stream: batch, seed, max_norm and tap must be the same",
+            job.config.seed == first.config.seed,
+            "{} and {} cannot share the data: seed, which gives their order, must be the same",
             first.name,
             job.name
         );
@@ -105,41 +118,63 @@ fn check(jobs: &[Job]) -> Result<()> {
     Ok(())
 }
 
+/// A run that is not finished, with the number of its job.
+struct Member<'a> {
+    job: usize,
+    wiring: Wiring,
+    run: Run<'a>,
+}
+
+/// A stream of batches, shared by those runs that want the same.
+struct Stream {
+    wiring: Wiring,
+    batch: usize,
+    scaling: Scaling,
+    batches: Batches,
+}
+
+impl Stream {
+    fn serves(&self, member: &Member<'_>, jobs: &[Job]) -> bool {
+        let same = (self.wiring, self.batch) == (member.wiring, jobs[member.job].config.batch);
+        same && self.scaling == *member.run.scaling()
+    }
+}
+
 struct Suite<'a> {
     source: &'a Arc<dyn ActivationSource>,
     jobs: &'a [Job],
-    /// Those not finished, with the number of their job.
-    runs: Vec<(usize, Run<'a>)>,
+    runs: Vec<Member<'a>>,
     results: Vec<Option<Result<Summary>>>,
 }
 
 impl Suite<'_> {
     fn train(mut self, stop: &StopFlag) -> Result<Vec<Result<Summary>>> {
-        let Some((first, _)) = self.runs.iter().min_by_key(|(_, run)| run.position()) else {
-            return self.end();
-        };
-        let (normalisation, batch) = (self.normalisation(*first)?, self.jobs[*first].config.batch);
-        let (done, left) = self.progress();
-        let bar = progress::bar((done + left) * batch as u64, "train", "tokens");
-        bar.set_position(done * batch as u64);
+        let mut streams = self.streams();
+        let wirings: Vec<Wiring> = streams.iter().map(|stream| stream.wiring).collect();
+        let mut shards = Shards::new(self.source, &wirings, self.jobs[0].config.seed);
+        let (done, left) = self.progress(&streams);
+        let bar = progress::bar(done + left, "train", "tokens");
+        bar.set_position(done);
         bar.reset_eta();
-        let position = self.runs.iter().map(|(_, run)| run.position()).min().unwrap_or_default();
-        let seed = self.jobs[*first].config.seed;
-        let mut batches = Batches::new(self.source, &normalisation, seed, position, left * batch as u64);
-        let (mut x, mut saved) = (Vec::new(), Instant::now());
+        let (mut pairs, mut saved) = (Pairs::default(), Instant::now());
         self.retire(&bar);
-        while !self.runs.is_empty() {
-            let before = batches.position();
-            if let Err(error) = batches.fill(batch, &mut x) {
+        // The one furthest behind goes first, so that all need the same shards at the same time.
+        while let Some(stream) = self.next(&mut streams) {
+            let before = stream.batches.position();
+            shards.forget_before(before);
+            if let Err(error) = stream.batches.fill(&mut shards, stream.batch, &mut pairs) {
                 // The data failed, not the runs: what was learned so far is kept.
                 self.save()?;
                 bar.abandon();
                 return Err(error);
             }
-            let rows = Rows::new(&x, self.source.width())?;
-            let (after, waited) = (batches.position(), batches.waited());
-            self.each(|run| if run.position() == before { run.step(rows, after, waited) } else { Ok(()) });
-            self.show(&bar, batch);
+            let (after, waited) = (stream.batches.position(), shards.waited());
+            let jobs = self.jobs;
+            self.each(|member| {
+                let ready = member.run.position() == before && stream.serves(member, jobs);
+                if ready { member.run.step(&pairs, after, waited) } else { Ok(()) }
+            });
+            self.show(&bar, &streams);
             let minutes =
                 self.jobs.iter().map(|job| job.config.checkpoint_minutes).fold(f64::INFINITY, f64::min);
             let stopping = stop.is_raised();
@@ -157,33 +192,60 @@ impl Suite<'_> {
         self.end()
     }
 
-    fn normalisation(&self, job: usize) -> Result<super::normalise::Normalisation> {
-        let first = self.runs.iter().find(|(index, _)| *index == job).context("there is no such run")?;
-        let normalisation = first.1.normalisation().clone();
-        let same = self.runs.iter().all(|(_, run)| *run.normalisation() == normalisation);
-        ensure!(same, "the runs were begun on differently measured data: train them one by one");
-        Ok(normalisation)
+    /// The streams that the runs need, each from the earliest position of its runs on.
+    fn streams(&self) -> Vec<Stream> {
+        let mut streams: Vec<Stream> = Vec::new();
+        for member in &self.runs {
+            if streams.iter().any(|stream| stream.serves(member, self.jobs)) {
+                continue;
+            }
+            let (wiring, batch) = (member.wiring, self.jobs[member.job].config.batch);
+            let scaling = member.run.scaling().clone();
+            let batches = Batches::new(wiring, scaling.clone(), Position::default(), 0);
+            let mut stream = Stream { wiring, batch, scaling, batches };
+            let served = self.runs.iter().filter(|other| stream.serves(other, self.jobs));
+            let position = served.map(|other| other.run.position()).min().unwrap_or_default();
+            let left = self.steps(&stream).1 * batch as u64;
+            stream.batches = Batches::new(wiring, stream.scaling.clone(), position, left);
+            streams.push(stream);
+        }
+        streams
     }
 
-    /// Steps done and left, of the run that is furthest from its end.
-    fn progress(&self) -> (u64, u64) {
-        self.runs.iter().map(|(_, run)| run.steps()).max_by_key(|(_, left)| *left).unwrap_or_default()
+    /// The stream that is furthest behind, of those that somebody still needs.
+    fn next<'s>(&self, streams: &'s mut Vec<Stream>) -> Option<&'s mut Stream> {
+        streams.retain(|stream| self.runs.iter().any(|member| stream.serves(member, self.jobs)));
+        streams.iter_mut().min_by_key(|stream| stream.batches.position())
+    }
+
+    /// Steps done and left, of the run of a stream that is furthest from its end.
+    fn steps(&self, stream: &Stream) -> (u64, u64) {
+        let served = self.runs.iter().filter(|member| stream.serves(member, self.jobs));
+        served.map(|member| member.run.steps()).max_by_key(|(_, left)| *left).unwrap_or_default()
+    }
+
+    /// Vectors of all streams done and left.
+    fn progress(&self, streams: &[Stream]) -> (u64, u64) {
+        streams.iter().fold((0, 0), |(done, left), stream| {
+            let (d, l) = self.steps(stream);
+            (done + d * stream.batch as u64, left + l * stream.batch as u64)
+        })
     }
 
     /// Does something to every run; one that fails stops alone.
-    fn each(&mut self, mut act: impl FnMut(&mut Run<'_>) -> Result<()>) {
+    fn each(&mut self, mut act: impl FnMut(&mut Member<'_>) -> Result<()>) {
         let results = &mut self.results;
-        self.runs.retain_mut(|(index, run)| match act(run) {
+        self.runs.retain_mut(|member| match act(member) {
             Ok(()) => true,
             Err(error) => {
-                results[*index] = Some(Err(error));
+                results[member.job] = Some(Err(error));
                 false
             }
         });
     }
 
     fn save(&mut self) -> Result<()> {
-        self.each(|run| run.save());
+        self.each(|member| member.run.save());
         ensure!(
             !self.runs.is_empty() || self.results.iter().any(Option::is_some),
             "nothing is left to train"
@@ -194,24 +256,24 @@ impl Suite<'_> {
     /// Writes out the runs that have taken all their steps.
     fn retire(&mut self, bar: &ProgressBar) {
         let (results, jobs) = (&mut self.results, self.jobs);
-        self.runs.retain(|(index, run)| {
+        self.runs.retain(|Member { job, run, .. }| {
             if run.steps().1 > 0 {
                 return true;
             }
             if jobs.len() > 1 {
-                bar.suspend(|| tracing::info!("{}: {}", jobs[*index].name, run.message));
+                bar.suspend(|| tracing::info!("{}: {}", jobs[*job].name, run.message));
             }
-            results[*index] = Some(run.finish());
+            results[*job] = Some(run.finish());
             false
         });
     }
 
-    fn show(&self, bar: &ProgressBar, batch: usize) {
-        bar.set_position(self.progress().0 * batch as u64);
-        if let Some((index, run)) = self.runs.first() {
+    fn show(&self, bar: &ProgressBar, streams: &[Stream]) {
+        bar.set_position(bar.length().unwrap_or(0).saturating_sub(self.progress(streams).1));
+        if let Some(Member { job, run, .. }) = self.runs.first() {
             let message = match self.jobs.len() {
                 1 => run.message.clone(),
-                n => format!("{} of {n} · {} · {}", self.runs.len(), self.jobs[*index].name, run.message),
+                n => format!("{} of {n} · {} · {}", self.runs.len(), self.jobs[*job].name, run.message),
             };
             bar.set_message(message);
         }

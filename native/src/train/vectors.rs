@@ -9,16 +9,16 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 use shared::format::SaeMetadata;
 
-use super::source::{ActivationSource, Statistics};
+use super::source::{ActivationSource, SourceTap, Statistics, Vectors};
 use crate::files::sha256;
 
 /// Vectors of one safetensors file: tensor `x [n, width]` in f32, and optionally `held_out [m, width]`.
 #[derive(Debug)]
 pub struct VectorsFile {
     path: PathBuf,
-    vectors: Arc<Vec<f32>>,
+    vectors: Vectors,
     held_out: Vec<f32>,
-    width: usize,
+    tap: [SourceTap; 1],
     statistics: Statistics,
     provenance: Value,
 }
@@ -47,7 +47,7 @@ impl VectorsFile {
             path: path.to_owned(),
             vectors: Arc::new(vectors),
             held_out,
-            width,
+            tap: [SourceTap { point: None, width }],
             statistics,
             provenance,
         })
@@ -55,29 +55,30 @@ impl VectorsFile {
 }
 
 impl ActivationSource for VectorsFile {
-    fn width(&self) -> usize {
-        self.width
+    fn taps(&self) -> &[SourceTap] {
+        &self.tap
     }
 
     fn n_vectors(&self) -> u64 {
-        (self.vectors.len() / self.width) as u64
+        (self.vectors.len() / self.tap[0].width) as u64
     }
 
     fn n_shards(&self) -> usize {
         1
     }
 
-    fn read(&self, shard: usize) -> Result<Arc<Vec<f32>>> {
+    fn read(&self, shard: usize, taps: &[usize]) -> Result<Vec<Vectors>> {
         ensure!(shard == 0, "{} is one shard, not {}", self.path.display(), shard + 1);
-        Ok(Arc::clone(&self.vectors))
+        Ok(taps.iter().map(|_| Arc::clone(&self.vectors)).collect())
     }
 
-    fn statistics(&self) -> Result<Statistics> {
+    fn statistics(&self, _tap: usize) -> Result<Statistics> {
         Ok(self.statistics.clone())
     }
 
-    fn held_out(&self, limit: usize) -> Result<Vec<f32>> {
-        Ok(self.held_out[..self.held_out.len().min(limit * self.width)].to_vec())
+    fn held_out(&self, taps: &[usize], limit: usize) -> Result<Vec<Vec<f32>>> {
+        let kept = &self.held_out[..self.held_out.len().min(limit * self.tap[0].width)];
+        Ok(taps.iter().map(|_| kept.to_vec()).collect())
     }
 
     fn provenance(&self) -> &Value {

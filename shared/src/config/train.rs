@@ -78,6 +78,11 @@ pub struct TrainConfig {
     /// The tap of the store to train on, such as `resid.14`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tap: Option<TapPoint>,
+    /// The tap to reconstruct instead, such as `mlp.14` with `tap = "mlp_in.14"`: a transcoder.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target: Option<TapPoint>,
+    /// Whether a transcoder gets a linear skip connection from input to target (Gemma Scope 2's affine transcoders).
+    pub skip: bool,
     /// Number of latents.
     pub width: usize,
     /// The latent function: `jumprelu`, `topk`, `batchtopk`, `gated` or `relu`.
@@ -155,7 +160,7 @@ pub struct TrainConfig {
     pub init_l0: f64,
     /// Where the decoder bias starts.
     pub decoder_bias_init: DecoderBiasInit,
-    /// Whether the encoder reads `x − b_dec`.
+    /// Whether the encoder reads `x − b_dec`; a transcoder never does.
     pub pre_bias: bool,
     /// Vectors longer than this many times the median norm are not trained on (massive activations, see
     /// `native::train::normalise`); 0 trains on all.
@@ -174,6 +179,8 @@ impl Default for TrainConfig {
     fn default() -> Self {
         Self {
             tap: None,
+            target: None,
+            skip: false,
             width: 4096,
             activation: LatentFunction::JumpRelu,
             k: 0,
@@ -233,6 +240,12 @@ impl TrainConfig {
         l0.clamp(0.5, width / 2.0)
     }
 
+    /// Whether the encoder reads `x − b_dec`.
+    #[must_use]
+    pub fn subtracts_bias(&self) -> bool {
+        self.pre_bias && self.target.is_none()
+    }
+
     /// β₁ of the run.
     #[must_use]
     pub fn momentum(&self) -> f64 {
@@ -274,6 +287,12 @@ impl TrainConfig {
         }
         if self.width == 0 || u32::try_from(self.width).is_err() {
             return Err(ConfigError::value("width", self.width, "at least 1 and below 2^32"));
+        }
+        if self.target.is_some() && self.target == self.tap {
+            return Err(ConfigError::value("target", "the tap itself", "another tap, or none"));
+        }
+        if self.skip && self.target.is_none() {
+            return Err(ConfigError::value("skip", self.skip, "false: only a transcoder (target) can skip"));
         }
         if !(1..1 << 24).contains(&self.batch) {
             return Err(ConfigError::value("batch", self.batch, "from 1 to 2^24"));

@@ -13,6 +13,8 @@ pub struct SaeMetadata {
     pub model_name: Option<String>,
     /// The tap, when it is known in our terms.
     pub tap: Option<TapPoint>,
+    /// The tap a transcoder reconstructs.
+    pub target: Option<TapPoint>,
     /// The hook's name in TransformerLens terms, such as `blocks.20.hook_resid_post`.
     pub hook_name: Option<String>,
     /// Tokens per training sequence.

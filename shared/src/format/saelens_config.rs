@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::error::FormatError;
-use super::metadata::{SaeMetadata, tap_of_hook};
+use super::metadata::{self, SaeMetadata, tap_of_hook};
 use crate::forward::Dims;
 use crate::sae::Activation;
 
@@ -210,6 +210,7 @@ fn metadata(mut cfg: Map<String, Value>) -> Result<SaeMetadata, FormatError> {
     };
     let (model_name, hook_name) = (text("model_name"), text("hook_name"));
     let tap = hook_name.as_deref().and_then(tap_of_hook);
+    let target = foreign.get("hook_name_out").and_then(Value::as_str).and_then(tap_of_hook);
     let context_size = foreign.remove("context_size").and_then(|v| usize::try_from(v.as_u64()?).ok());
     let prepend_bos = foreign.remove("prepend_bos").and_then(|v| v.as_bool());
     let mut provenance = match foreign.remove("stratascope") {
@@ -220,7 +221,7 @@ fn metadata(mut cfg: Map<String, Value>) -> Result<SaeMetadata, FormatError> {
     if !foreign.is_empty() {
         provenance.insert("saelens".to_owned(), Value::Object(foreign));
     }
-    Ok(SaeMetadata { model_name, tap, hook_name, context_size, prepend_bos, provenance })
+    Ok(SaeMetadata { model_name, tap, target, hook_name, context_size, prepend_bos, provenance })
 }
 
 /// The `cfg.json` of version 6 for an autoencoder of these sizes.
@@ -234,7 +235,8 @@ pub(super) fn write(
         Some(Value::Object(map)) => map,
         _ => Map::new(),
     };
-    let transcoder = dims.d_in != dims.d_out || foreign.contains_key("hook_name_out");
+    let transcoder =
+        dims.d_in != dims.d_out || metadata.target.is_some() || foreign.contains_key("hook_name_out");
     let mut cfg = json!({
         "architecture": match (activation, transcoder) {
             (Activation::Relu, false) => "standard",
@@ -269,7 +271,7 @@ pub(super) fn write(
         "model_class_name": "HookedTransformer",
         "model_from_pretrained_kwargs": {},
         "hook_head_index": null,
-        "hook_name_out": null,
+        "hook_name_out": metadata.target.map(metadata::hook_name),
         "neuronpedia_id": null,
         "sae_lens_training_version": null,
     });

@@ -1,0 +1,200 @@
+//! One pass over several taps trains autoencoders of each and transcoders between them, each as if alone; and a run whose
+//! parameters go bad goes back to earlier ones.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests assert by panicking")]
+
+mod support;
+
+use std::fs;
+use std::path::Path;
+use std::process::Child;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::Result;
+use native::harvest::{self, Inputs, Live};
+use native::model;
+use native::stop::StopFlag;
+use native::train::{
+    ActivationSource, Job, LiveTaps, SourceTap, Statistics, StoreTaps, Vectors, run, run_all,
+};
+use serde_json::{Value, json};
+use shared::config::train::TrainConfig;
+use shared::config::{expand, resolve};
+use shared::format::SaeMetadata;
+use support::{prepare, this_program, weights};
+
+const STORE: &str = "STRATASCOPE_TEST_TAPS_STORE";
+const OUT: &str = "STRATASCOPE_TEST_TAPS_OUT";
+
+/// Two sites, a transcoder with and one without a skip connection, and one that takes its data in other batches.
+const KEYS: &str = "\
+width = 64
+steps = 150
+batch = 128
+checkpoint_every = 40
+log_every = 50
+[[sae]]
+name = 'resid'
+tap = 'resid.1'
+target_l0 = 4.0
+[[sae]]
+name = 'attn'
+tap = 'attn.0'
+target_l0 = 4.0
+[[sae]]
+name = 'across'
+tap = 'attn.0'
+target = 'resid.1'
+target_l0 = 4.0
+[[sae]]
+name = 'affine'
+tap = 'attn.0'
+target = 'resid.1'
+skip = true
+activation = 'batchtopk'
+k = 4
+[[sae]]
+name = 'small-batches'
+tap = 'resid.1'
+target_l0 = 4.0
+batch = 64
+";
+
+fn jobs(out: &Path) -> Vec<Job> {
+    let job = |(name, text): (Option<String>, String)| {
+        let name = name.unwrap();
+        Job { out: out.join(&name), name, config: resolve(&text, &[]).unwrap() }
+    };
+    expand(KEYS, "sae").unwrap().into_iter().map(job).collect()
+}
+
+/// The killed process. Does nothing when run among the other tests.
+#[test]
+fn train_in_this_process() {
+    let (Ok(store), Ok(out)) = (std::env::var(STORE), std::env::var(OUT)) else { return };
+    let source: Arc<dyn ActivationSource> = Arc::new(StoreTaps::open(store.as_ref()).unwrap());
+    let results = run_all(&source, &jobs(out.as_ref()), &StopFlag::default()).unwrap();
+    assert!(results.iter().all(Result::is_ok), "{results:?}");
+}
+
+fn start(store: &Path, out: &Path) -> Child {
+    this_program("train_in_this_process").env(STORE, store).env(OUT, out).spawn().unwrap()
+}
+
+#[test]
+fn each_ends_as_if_alone_even_when_killed() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut settings = prepare(folder.path());
+    // Where a bucket is a shard, the model itself gives the same order.
+    settings.shard_vectors = settings.bucket_vectors;
+    let (store, whole, killed) =
+        (folder.path().join("store"), folder.path().join("whole"), folder.path().join("killed"));
+    let loaded = model::load(settings.model.as_ref()).unwrap();
+    harvest::run(&settings, &store, &Inputs::of(&loaded, &settings).unwrap(), &StopFlag::default()).unwrap();
+    let started = Instant::now();
+    assert!(start(&store, &whole).wait().unwrap().success());
+    let duration = started.elapsed();
+
+    let source: Arc<dyn ActivationSource> = Arc::new(StoreTaps::open(&store).unwrap());
+    let live = LiveTaps::new(Live::new(&settings, loaded, &StopFlag::default()).unwrap()).unwrap();
+    let live: Arc<dyn ActivationSource> = Arc::new(live);
+    let streamed = jobs(&folder.path().join("streamed"));
+    for result in run_all(&live, &streamed, &StopFlag::default()).unwrap() {
+        result.unwrap();
+    }
+    for (job, streamed) in jobs(&folder.path().join("alone")).iter().zip(&streamed) {
+        let summary = run(&source, &job.config, &job.out, &StopFlag::default()).unwrap();
+        assert!(summary.held_out_fvu.unwrap() < 1.0, "{}: {summary:?}", job.name);
+        assert!(weights(&job.out) == weights(&whole.join(&job.name)), "{} alone", job.name);
+        assert!(weights(&job.out) == weights(&streamed.out), "{} from the model", job.name);
+    }
+    for share in [0.3, 0.45, 0.6] {
+        let mut child = start(&store, &killed);
+        std::thread::sleep(duration.mul_f64(share));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    assert!(start(&store, &killed).wait().unwrap().success());
+    for job in jobs(&killed) {
+        assert!(weights(&job.out) == weights(&whole.join(&job.name)), "{} killed", job.name);
+    }
+    let cfg = |name: &str| -> Value {
+        serde_json::from_slice(&fs::read(whole.join(name).join("cfg.json")).unwrap()).unwrap()
+    };
+    assert_eq!(cfg("across")["metadata"]["hook_name_out"], json!("blocks.1.hook_resid_post"));
+    assert_eq!(cfg("across")["metadata"]["hook_name"], json!("blocks.0.attn.hook_z"));
+    assert_eq!(cfg("resid")["metadata"]["hook_name_out"], Value::Null);
+    let unknown = TrainConfig { tap: Some("mlp.3".parse().unwrap()), ..jobs(&killed)[0].config.clone() };
+    let error = run(&source, &unknown, &folder.path().join("no"), &StopFlag::default()).unwrap_err();
+    assert!(error.to_string().contains("no tap mlp.3; they hold resid.1, attn.0"), "{error}");
+}
+
+/// Shards of 20 batches of 64 vectors; those from `bad` on, in the order of a first pass, are not finite.
+struct Broken {
+    bad: std::ops::Range<usize>,
+    provenance: Value,
+}
+
+const WIDTH: usize = 8;
+const ROWS: usize = 20 * 64;
+
+impl ActivationSource for Broken {
+    fn taps(&self) -> &[SourceTap] {
+        &[SourceTap { point: None, width: WIDTH }]
+    }
+    fn n_vectors(&self) -> u64 {
+        4 * ROWS as u64
+    }
+    fn n_shards(&self) -> usize {
+        4
+    }
+    fn read(&self, shard: usize, _: &[usize]) -> Result<Vec<Vectors>> {
+        let mut state = shard as u64 + 1;
+        let mut value = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as f32 / (1u32 << 24) as f32 - 0.5
+        };
+        let vectors: Vec<f32> = (0..ROWS * WIDTH).map(|_| value()).collect();
+        let broken = self.bad.contains(&shard);
+        Ok(vec![Arc::new(vectors.into_iter().map(|v| if broken { f32::NAN } else { v }).collect())])
+    }
+    fn statistics(&self, tap: usize) -> Result<Statistics> {
+        Statistics::of(&self.read(0, &[tap])?[0], WIDTH, |_| true)
+    }
+    fn held_out(&self, _: &[usize], _: usize) -> Result<Vec<Vec<f32>>> {
+        Ok(vec![Vec::new()])
+    }
+    fn provenance(&self) -> &Value {
+        &self.provenance
+    }
+    fn metadata(&self) -> SaeMetadata {
+        SaeMetadata::default()
+    }
+}
+
+#[test]
+fn a_run_that_goes_bad_goes_back_and_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let keys = "width = 16\ntarget_l0 = 3.0\nsteps = 70\nbatch = 64\ncheckpoint_every = 5\nlog_every = 1\n";
+    let config: TrainConfig = resolve(keys, &[]).unwrap();
+    let train = |bad, out: &str| {
+        let source: Arc<dyn ActivationSource> = Arc::new(Broken { bad, provenance: json!({}) });
+        let out = folder.path().join(out);
+        (run(&source, &config, &out, &StopFlag::default()), out)
+    };
+    let (summary, out) = train(2..3, "one");
+    let summary = summary.unwrap();
+    assert_eq!((summary.steps, summary.rolled_back, summary.skipped), (70, 1, 20), "{summary:?}");
+    let log = fs::read_to_string(out.join("log.jsonl")).unwrap();
+    let lines = log.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let steps: Vec<u64> = lines.map(|line| line["step"].as_u64().unwrap()).collect();
+    assert!(steps.windows(2).all(|pair| pair[0] < pair[1]), "{steps:?}");
+
+    // Nothing but bad data after the first shard: tried three times more, then given up; what was good is still there.
+    let (failed, out) = train(1..4, "all");
+    let error = failed.unwrap_err().to_string();
+    assert!(error.contains("3 times") && error.contains("lower lr"), "{error}");
+    assert!(out.join("checkpoint/state.safetensors").is_file() && !out.join("run.json").exists());
+    let (nothing, _) = train(0..4, "nothing");
+    assert!(nothing.is_err());
+}
