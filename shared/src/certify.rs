@@ -5,6 +5,8 @@
 //! Cauchy–Schwarz for Σ|wᵢxᵢ|) gives a margin `δ` with `|ẑ − z| ≤ δ`. Pre-activations farther than `δ`
 //! from the threshold are decided by `ẑ`; the few inside are decided by [`crate::reference`], in f64.
 //!
+//! Every `x` here is what the encoder reads: where a dictionary scales rows ([`crate::row_scaling`]), the scaled vector.
+//!
 //! [`Screen`] goes one step further for backends on the host: whatever passes the screen is summed again in f64,
 //! so that values too are those of the reference. Few latents pass, so it costs little.
 
@@ -306,6 +308,7 @@ fn exact(sae: &Sae, x: &[f32], latent: usize) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::row_scaling::RowScaling;
     use crate::sae::SaeParts;
 
     fn sae(activation: Activation) -> Sae {
@@ -318,6 +321,8 @@ mod tests {
             w_dec: wave(95, 0.3),
             b_dec: wave(5, 0.4),
             activation,
+            w_skip: None,
+            rows: RowScaling::None,
         })
         .unwrap()
     }

@@ -7,6 +7,7 @@ use crate::certify::{self, Candidates, Screen};
 use crate::codes::{Codes, CodesBuilder};
 use crate::error::ShapeError;
 use crate::forward::{Dims, Forward};
+use crate::row_scaling::Undo;
 use crate::rows::Rows;
 use crate::sae::Sae;
 
@@ -44,6 +45,8 @@ impl ScalarBackend {
     pub fn encode(&self, x: Rows<'_>) -> Result<Codes, ShapeError> {
         let Dims { d_in, n_latents, .. } = self.sae.dims();
         x.expect_width("x", d_in)?;
+        let scaled = self.sae.rows().scaled(x);
+        let x = Rows::new(&scaled, d_in)?;
         let block = (BLOCK_VALUES / d_in).clamp(LANES, 1024);
         let mut builder = CodesBuilder::new(n_latents);
         // A batch is taken a few rows at a time so that what is collected for them stays small.
@@ -54,19 +57,23 @@ impl ScalarBackend {
         Ok(builder.finish())
     }
 
-    /// Latent activations to reconstructions `[n_rows, d_out]`.
+    /// Latent activations of the vectors `x` `[n_rows, d_in]` to reconstructions `[n_rows, d_out]`.
     ///
     /// # Errors
-    /// If the codes index another dictionary width.
-    pub fn decode(&self, codes: &Codes) -> Result<Vec<f32>, ShapeError> {
-        let Dims { d_out, n_latents, .. } = self.sae.dims();
-        if codes.n_latents() != n_latents {
-            return Err(ShapeError::Width { name: "codes", expected: n_latents, found: codes.n_latents() });
-        }
+    /// If the codes index another dictionary width, or `x` has another width or other rows than the codes.
+    pub fn decode(&self, x: Rows<'_>, codes: &Codes) -> Result<Vec<f32>, ShapeError> {
+        self.sae.check_decode(x, codes)?;
+        let Dims { d_out, .. } = self.sae.dims();
         let mut out = vec![0.0; codes.n_rows() * d_out];
+        if let Some(w_skip) = self.sae.w_skip() {
+            for start in (0..x.n_rows()).step_by(TILE) {
+                let end = (start + TILE).min(x.n_rows());
+                products(w_skip, x.slice(start, end), &mut out[start * d_out..end * d_out]);
+            }
+        }
         let mut sum = vec![0.0; d_out];
-        for ((latents, values), out) in codes.iter().zip(out.chunks_exact_mut(d_out)) {
-            decode_row(&self.sae, latents, values, &mut sum, out);
+        for ((row, codes), out) in x.iter().zip(codes.iter()).zip(out.chunks_exact_mut(d_out)) {
+            decode_row(&self.sae, row, codes, &mut sum, out);
         }
         Ok(out)
     }
@@ -78,13 +85,15 @@ impl ScalarBackend {
         let norms: Vec<f32> = x.iter().map(certify::norm).collect();
         let mut active: Vec<Vec<(u32, f32)>> = vec![Vec::new(); x.n_rows()];
         let mut candidates = vec![Candidates::default(); x.n_rows()];
-        let mut products = vec![0.0; TILE * block];
+        let mut estimates = vec![0.0; TILE * block];
         for first in (0..n).step_by(block) {
             let width = block.min(n - first);
             for start in (0..x.n_rows()).step_by(TILE) {
                 let tile = x.slice(start, (start + TILE).min(x.n_rows()));
-                self.products(tile, first, width, &mut products);
-                for (i, products) in products.chunks_exact(width).take(tile.n_rows()).enumerate() {
+                let d_in = self.sae.dims().d_in;
+                let weights = &self.sae.w_enc()[first * d_in..(first + width) * d_in];
+                products(weights, tile, &mut estimates[..tile.n_rows() * width]);
+                for (i, products) in estimates.chunks_exact(width).take(tile.n_rows()).enumerate() {
                     let (row, x_norm) = (start + i, norms[start + i]);
                     if !self.screen.trusts(x_norm) {
                         continue;
@@ -114,16 +123,17 @@ impl ScalarBackend {
         }
         Ok(())
     }
+}
 
-    /// `w_i · x_r` for up to [`TILE`] rows and latents `first..first + width`, into `[TILE, width]`.
-    fn products(&self, tile: Rows<'_>, first: usize, width: usize, out: &mut [f32]) {
-        // Missing rows repeat the last one; their products are not used.
-        let rows: [&[f32]; TILE] = std::array::from_fn(|i| tile.row(i.min(tile.n_rows() - 1)));
-        for latent in 0..width {
-            let sums = dot_tile(self.sae.encoder_row(first + latent), rows);
-            for (i, sum) in sums.into_iter().enumerate() {
-                out[i * width + latent] = sum;
-            }
+/// `w_i · x_r` in f32 for up to [`TILE`] rows and all weights `[n, width of x]`, into `[rows, n]`.
+fn products(weights: &[f32], tile: Rows<'_>, out: &mut [f32]) {
+    // Missing rows repeat the last one; their products are not used.
+    let rows: [&[f32]; TILE] = std::array::from_fn(|i| tile.row(i.min(tile.n_rows() - 1)));
+    let n = weights.len() / tile.width();
+    for (i, weights) in weights.chunks_exact(tile.width()).enumerate() {
+        let sums = dot_tile(weights, rows);
+        for (r, sum) in sums.into_iter().take(tile.n_rows()).enumerate() {
+            out[r * n + i] = sum;
         }
     }
 }
@@ -147,8 +157,15 @@ fn dot_tile(w: &[f32], rows: [&[f32]; TILE]) -> [f32; TILE] {
     })
 }
 
-/// One reconstruction, summed in f64: `sum` and `out` are `[d_out]`.
-pub fn decode_row(sae: &Sae, latents: &[u32], values: &[f32], sum: &mut [f64], out: &mut [f32]) {
+/// One reconstruction of the vector `x` from its active latents and their values, summed in f64 and added to what `out`
+/// holds: the product of `x` with the skip connection, or zeros. `sum` and `out` are `[d_out]`.
+pub fn decode_row(
+    sae: &Sae,
+    x: &[f32],
+    (latents, values): (&[u32], &[f32]),
+    sum: &mut [f64],
+    out: &mut [f32],
+) {
     for (sum, &bias) in sum.iter_mut().zip(sae.b_dec()) {
         *sum = f64::from(bias);
     }
@@ -158,9 +175,10 @@ pub fn decode_row(sae: &Sae, latents: &[u32], values: &[f32], sum: &mut [f64], o
             *sum += value * f64::from(d);
         }
     }
+    let Undo { scale, shift } = sae.rows().undo(x);
     for (out, &sum) in out.iter_mut().zip(sum.iter()) {
         #[expect(clippy::cast_possible_truncation, reason = "activations are stored as f32")]
-        let value = sum as f32;
+        let value = (scale * sum + shift + f64::from(*out)) as f32;
         *out = value;
     }
 }
@@ -176,7 +194,7 @@ impl Forward for ScalarBackend {
         Self::encode(self, x)
     }
 
-    async fn decode(&self, codes: &Codes) -> Result<Vec<f32>, ShapeError> {
-        Self::decode(self, codes)
+    async fn decode(&self, x: Rows<'_>, codes: &Codes) -> Result<Vec<f32>, ShapeError> {
+        Self::decode(self, x, codes)
     }
 }

@@ -6,10 +6,11 @@
 //! ```text
 //! b_enc' = C (b_enc − W_enc b_dec)    b_dec' = C b_dec    θ' = C θ    W_enc, W_dec unchanged
 //! ```
-//! Latents come out multiplied by C; L0 and FVU do not change. A transcoder has a C of its own for what it writes, and
-//! `W_dec' = W_dec · C_out / C_in`.
+//! Latents come out multiplied by C; L0 and FVU do not change. A transcoder has a C of its own for what it writes:
+//! `W_dec' = W_dec · C_out / C_in`, and so for a skip connection, `W_skip' = W_skip · C_out / C_in`.
 
 use crate::error::{ShapeError, check_len};
+use crate::row_scaling::RowScaling;
 use crate::sae::{Activation, Sae, SaeParts};
 
 /// How training decided which latents are active.
@@ -52,6 +53,8 @@ pub struct Training<'a> {
     pub w_dec: &'a [f32],
     /// Decoder bias `[d_out]`.
     pub b_dec: &'a [f32],
+    /// The skip connection `[d_out, d_in]`, which reads `x` without the pre-bias.
+    pub w_skip: Option<&'a [f32]>,
     /// The latent function.
     pub latents: Trained<'a>,
     /// Whether the encoder read `x − b_dec`; only where input and output have one width and one scale.
@@ -106,14 +109,17 @@ pub fn fold(training: &Training<'_>, scales: Scales) -> Result<Sae, ShapeError> 
         }
     }
     let ratio = scales.output / scales.input;
+    let rescaled = |weights: &[f32]| weights.iter().map(|&w| to_f32(ratio * f64::from(w))).collect();
     Sae::new(SaeParts {
         d_in,
         d_out,
         w_enc,
         b_enc: biases.into_iter().map(|b| to_f32(scale * b)).collect(),
-        w_dec: training.w_dec.iter().map(|&w| to_f32(ratio * f64::from(w))).collect(),
+        w_dec: rescaled(training.w_dec),
         b_dec: training.b_dec.iter().map(|&b| to_f32(scales.output * f64::from(b))).collect(),
         activation: activation(training, scale),
+        w_skip: training.w_skip.map(rescaled),
+        rows: RowScaling::None,
     })
 }
 
@@ -184,7 +190,14 @@ mod tests {
             (Trained::BatchTopK { threshold: 0.25 }, jump(vec![0.25; N])),
         ];
         for (latents, reference_latents) in variants {
-            for (d_out, pre_bias, output) in [(D, true, 37.3), (D, false, 37.3), (D + 2, false, 0.6)] {
+            for (d_out, pre_bias, output, skip) in [
+                (D, true, 37.3, false),
+                (D, true, 37.3, true),
+                (D, false, 37.3, false),
+                (D + 2, false, 0.6, true),
+            ] {
+                let w_skip = noise(9, d_out * D);
+                let w_skip = skip.then_some(&w_skip[..]);
                 let scales = Scales { input: 37.3, output };
                 let (w_enc, b_enc) = (&noise(1, N * D)[..], &noise(2, N)[..]);
                 let (w_dec, b_dec) = (&noise(3, N * d_out)[..], &noise(4, d_out)[..]);
@@ -197,9 +210,10 @@ mod tests {
                     b_dec: wide(b_dec),
                     latents: reference_latents.clone(),
                     pre_bias,
-                    w_skip: None,
+                    w_skip: w_skip.map(wide),
                 };
-                let sae = fold(&Training { w_enc, b_enc, w_dec, b_dec, latents, pre_bias }, scales).unwrap();
+                let sae = fold(&Training { w_enc, b_enc, w_dec, b_dec, w_skip, latents, pre_bias }, scales)
+                    .unwrap();
                 agrees(&sae, &reference, scales);
             }
         }
@@ -213,7 +227,7 @@ mod tests {
         let (x, y) = (Rows::new(&x, D).unwrap(), Rows::new(&y, reference.d_out).unwrap());
         let pass = reference.forward(x, y, &Objective::plain(Sparsity::None)).unwrap();
         let codes = reference::encode(sae, Rows::new(&raw, D).unwrap()).unwrap();
-        let decoded = reference::decode(sae, &codes).unwrap();
+        let decoded = reference::decode(sae, Rows::new(&raw, D).unwrap(), &codes).unwrap();
         let mut n_active = 0;
         for (k, (&got, &want)) in codes.to_dense().iter().zip(&pass.f).enumerate() {
             assert_eq!(got != 0.0, want != 0.0, "active set differs at {k}");
@@ -235,6 +249,7 @@ mod tests {
             b_enc: &[0.5],
             w_dec: &[1.0, 0.0],
             b_dec: &[3.0, -1.0],
+            w_skip: None,
             latents: Trained::JumpRelu { threshold: &[-0.25] },
             pre_bias: true,
         };
@@ -248,6 +263,12 @@ mod tests {
             assert!(fold(&training, Scales { input: scale, ..twice }).is_err());
             assert!(fold(&training, Scales { output: scale, ..twice }).is_err());
         }
+        let skip = fold(
+            &Training { w_skip: Some(&[1.0, 2.0, 3.0, 4.0]), ..training },
+            Scales { output: 6.0, ..twice },
+        );
+        assert_eq!(skip.unwrap().w_skip(), Some(&[3.0f32, 6.0, 9.0, 12.0][..]));
+        assert!(fold(&Training { w_skip: Some(&[1.0; 3]), ..training }, twice).is_err());
         let narrow = Training { b_dec: &[3.0], w_dec: &[1.0], ..training };
         assert!(fold(&narrow, twice).is_err());
     }

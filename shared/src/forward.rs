@@ -32,6 +32,8 @@ pub trait Forward {
     /// The active set is exactly that of the f64 reference; values agree to f32 rounding.
     async fn encode(&self, x: Rows<'_>) -> Result<Codes, Self::Error>;
 
-    /// Sparse latent activations to reconstructions `[n_rows, d_out]`, row-major.
-    async fn decode(&self, codes: &Codes) -> Result<Vec<f32>, Self::Error>;
+    /// Sparse latent activations of the vectors `x` `[n_rows, d_in]` to reconstructions `[n_rows, d_out]`, row-major.
+    ///
+    /// What a skip connection adds, and what undoes a scaling of rows, is read from `x`.
+    async fn decode(&self, x: Rows<'_>, codes: &Codes) -> Result<Vec<f32>, Self::Error>;
 }

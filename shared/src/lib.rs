@@ -3,7 +3,7 @@
 //! Everything here builds natively and for `wasm32-unknown-unknown`. One module owns one idea:
 //!
 //! - [`rows`]: checked row-major matrix views; [`codes`]: sparse latent activations.
-//! - [`sae`]: the one in-memory form of released weights, latent-major.
+//! - [`sae`]: the one in-memory form of released weights, latent-major; [`row_scaling`]: vectors normalised one by one.
 //! - [`forward`]: the seam every backend implements; [`reference`]: its f64 meaning.
 //! - [`jumprelu`]: the activation and its pseudo-derivatives; [`loss`]: the training objective and its
 //!   backward pass; [`fold`]: training parameters to released weights.
@@ -35,6 +35,7 @@ pub mod metrics;
 pub mod pack;
 pub mod precision;
 pub mod reference;
+pub mod row_scaling;
 pub mod rows;
 pub mod sae;
 pub mod tap;
@@ -43,6 +44,7 @@ pub use codes::{Codes, CodesBuilder};
 pub use error::ShapeError;
 pub use forward::{Dims, Forward};
 pub use precision::Precision;
+pub use row_scaling::RowScaling;
 pub use rows::Rows;
 pub use sae::{Activation, Sae, SaeParts};
 pub use tap::{Site, TapPoint};

@@ -6,10 +6,19 @@
 //! ```text
 //! z = W_enc x + b_enc          f = σ(z)          x̂ = W_decᵀ f + b_dec
 //! ```
-//! (Gemma Scope, arXiv 2408.05147 §2; a pre-encoder bias is folded into `b_enc` by the readers.)
+//! (Gemma Scope, arXiv 2408.05147 §2; a pre-encoder bias is folded into `b_enc` by the readers.) Two things may be added:
+//! a skip connection, `x̂ = W_decᵀ f + b_dec + W_skip x` (affine transcoders, arXiv 2501.18823 §3), and a
+//! [`RowScaling`], with which everything but the skip connection is about the scaled vector:
+//!
+//! ```text
+//! x' = (x − μ) / (σ + ε)       f = σ(W_enc x' + b_enc)       x̂ = σ (W_decᵀ f + b_dec) + μ + W_skip x
+//! ```
 
+use crate::codes::Codes;
 use crate::error::{ShapeError, check_finite, check_len};
 use crate::forward::Dims;
+use crate::row_scaling::RowScaling;
+use crate::rows::Rows;
 
 /// The nonlinearity between pre-activations and latents.
 #[derive(Debug, Clone, PartialEq)]
@@ -58,6 +67,10 @@ pub struct SaeParts {
     pub b_dec: Vec<f32>,
     /// The nonlinearity.
     pub activation: Activation,
+    /// The skip connection `[d_out, d_in]`, which reads vectors as they are.
+    pub w_skip: Option<Vec<f32>>,
+    /// How each vector is scaled before it is encoded.
+    pub rows: RowScaling,
 }
 
 /// A released sparse autoencoder; every length agrees and every value is finite.
@@ -71,8 +84,8 @@ impl Sae {
     /// Checks `parts` and takes them.
     ///
     /// # Errors
-    /// If a dimension is zero, a length does not fit, a value is not finite, a threshold is negative,
-    /// or `k` is zero or above the width.
+    /// If a dimension is zero, a length does not fit, a value is not finite, a threshold or ε is negative,
+    /// `k` is zero or above the width, or vectors of a single value are to be standardised.
     pub fn new(parts: SaeParts) -> Result<Self, ShapeError> {
         let SaeParts { d_in, d_out, .. } = parts;
         let n = parts.b_enc.len();
@@ -91,6 +104,24 @@ impl Sae {
         check_finite("b_enc", &parts.b_enc)?;
         check_finite("w_dec", &parts.w_dec)?;
         check_finite("b_dec", &parts.b_dec)?;
+        if let Some(w_skip) = &parts.w_skip {
+            check_len("w_skip", &[d_out, d_in], w_skip.len())?;
+            check_finite("w_skip", w_skip)?;
+        }
+        if let RowScaling::Standardise { eps } = parts.rows {
+            if !(eps.is_finite() && eps >= 0.0) {
+                let (value, expected) = (eps.to_string(), "a finite number of at least 0");
+                return Err(ShapeError::Value { name: "eps", index: 0, value, expected });
+            }
+            // The unbiased deviation divides by d − 1.
+            if d_in < 2 {
+                return Err(ShapeError::Dimension {
+                    name: "standardised rows",
+                    dimension: "d_in",
+                    value: d_in,
+                });
+            }
+        }
         match &parts.activation {
             Activation::Relu => {}
             Activation::TopK { k } if *k == 0 || *k > n => {
@@ -162,6 +193,31 @@ impl Sae {
         &self.parts.activation
     }
 
+    /// The skip connection `[d_out, d_in]`, if there is one.
+    #[must_use]
+    pub fn w_skip(&self) -> Option<&[f32]> {
+        self.parts.w_skip.as_deref()
+    }
+
+    /// How each vector is scaled before it is encoded.
+    #[must_use]
+    pub fn rows(&self) -> RowScaling {
+        self.parts.rows
+    }
+
+    /// `Ok` when `codes` are of this dictionary and `x` has the vectors they were made from, one for each row of codes.
+    ///
+    /// # Errors
+    /// Names what has which other size.
+    pub fn check_decode(&self, x: Rows<'_>, codes: &Codes) -> Result<(), ShapeError> {
+        if codes.n_latents() != self.n_latents {
+            let (name, expected, found) = ("codes", self.n_latents, codes.n_latents());
+            return Err(ShapeError::Width { name, expected, found });
+        }
+        x.expect_width("x", self.parts.d_in)?;
+        check_len("x", &[codes.n_rows(), self.parts.d_in], x.data().len())
+    }
+
     /// Gives the parts back.
     #[must_use]
     pub fn into_parts(self) -> SaeParts {
@@ -182,6 +238,8 @@ mod tests {
             w_dec: vec![1.0, 0.0, 0.0, 1.0, 0.6, 0.8],
             b_dec: vec![0.0; 2],
             activation: Activation::JumpRelu { threshold: vec![0.5; 3] },
+            w_skip: None,
+            rows: RowScaling::None,
         }
     }
 
@@ -190,11 +248,25 @@ mod tests {
         let sae = Sae::new(parts()).unwrap();
         assert_eq!(sae.dims(), Dims { d_in: 2, d_out: 2, n_latents: 3 });
         assert_eq!(sae.decoder_direction(2), [0.6, 0.8]);
+        let more = SaeParts { w_skip: Some(vec![0.5; 4]), rows: RowScaling::LAYER_NORM, ..parts() };
+        assert_eq!(Sae::new(more.clone()).unwrap().into_parts(), more);
+    }
+
+    #[test]
+    fn what_is_decoded_must_fit_what_was_encoded() {
+        let sae = Sae::new(parts()).unwrap();
+        let mut codes = crate::codes::CodesBuilder::new(3);
+        codes.end_row().unwrap();
+        let codes = codes.finish();
+        let check = |values: &[f32], width| sae.check_decode(Rows::new(values, width).unwrap(), &codes);
+        assert!(check(&[0.0; 2], 2).is_ok());
+        assert!(check(&[0.0; 4], 2).is_err(), "two vectors for one row of codes");
+        assert!(check(&[], 2).is_err() && check(&[0.0; 3], 3).is_err());
     }
 
     #[test]
     fn each_law_is_enforced() {
-        let broken: [fn(&mut SaeParts); 7] = [
+        let broken: [fn(&mut SaeParts); 12] = [
             |p| p.d_in = 0,
             |p| p.w_enc.truncate(5),
             |p| p.w_dec[1] = f32::NAN,
@@ -202,6 +274,14 @@ mod tests {
             |p| p.activation = Activation::JumpRelu { threshold: vec![-0.1; 3] },
             |p| p.activation = Activation::JumpRelu { threshold: vec![0.1; 2] },
             |p| p.activation = Activation::TopK { k: 4 },
+            |p| p.w_skip = Some(vec![0.0; 3]),
+            |p| p.w_skip = Some(vec![0.0, 0.0, f32::INFINITY, 0.0]),
+            |p| p.rows = RowScaling::Standardise { eps: -1e-5 },
+            |p| p.rows = RowScaling::Standardise { eps: f32::NAN },
+            |p| {
+                let (w_enc, d_in) = (vec![0.5; 3], 1);
+                *p = SaeParts { d_in, w_enc, rows: RowScaling::LAYER_NORM, ..parts() };
+            },
         ];
         for (i, breaks) in broken.iter().enumerate() {
             let mut p = parts();

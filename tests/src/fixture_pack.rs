@@ -11,7 +11,7 @@ use shared::pack::{
     Group, HISTOGRAM_BINS, Index, Manifest, Metrics, ModelInfo, PackError, SaeInfo, Text, TextEntry,
 };
 use shared::tap::Site;
-use shared::{Activation, Codes, Rows, Sae, SaeParts, reference};
+use shared::{Activation, Codes, RowScaling, Rows, Sae, SaeParts, reference};
 
 /// Width of the activation vectors.
 pub const D_IN: usize = 16;
@@ -102,7 +102,17 @@ pub fn sae() -> Result<Sae, PackError> {
     let threshold =
         (0..N_LATENTS).map(|i| if live(i) { 1.0 + 0.25 * stream.signed() } else { 1e6 }).collect();
     let activation = Activation::JumpRelu { threshold };
-    Ok(Sae::new(SaeParts { d_in: D_IN, d_out: D_IN, w_enc, b_enc, w_dec, b_dec, activation })?)
+    Ok(Sae::new(SaeParts {
+        d_in: D_IN,
+        d_out: D_IN,
+        w_enc,
+        b_enc,
+        w_dec,
+        b_dec,
+        activation,
+        w_skip: None,
+        rows: RowScaling::None,
+    })?)
 }
 
 /// Random sequences with an activation vector a token: the token's own direction and some noise.
@@ -266,7 +276,7 @@ fn manifest(sae: &Sae, corpus: &Corpus, files: &BTreeMap<String, Vec<u8>>) -> Re
     let mut density = Density::new(N_LATENTS);
     density.update(&corpus.codes)?;
     let mut fvu = Fvu::new(D_IN);
-    let reconstruction = reference::decode(sae, &corpus.codes)?;
+    let reconstruction = reference::decode(sae, Rows::new(&corpus.x, D_IN)?, &corpus.codes)?;
     fvu.update(Rows::new(&corpus.x, D_IN)?, Rows::new(&reconstruction, D_IN)?)?;
     let dead = density.counts().iter().filter(|&&c| c == 0).count();
     let metrics = Metrics {
@@ -292,6 +302,7 @@ fn manifest(sae: &Sae, corpus: &Corpus, files: &BTreeMap<String, Vec<u8>>) -> Re
             d_in: D_IN,
             n_latents: N_LATENTS,
             activation: ActivationKind::of(sae.activation()),
+            rows: sae.rows(),
         },
         corpus: CorpusInfo {
             name: "random words".to_owned(),

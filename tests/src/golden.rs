@@ -3,7 +3,7 @@
 
 use shared::format::tensors::{Tensor, TensorFile};
 use shared::format::{FormatError, saelens};
-use shared::{Activation, Sae, SaeParts};
+use shared::{Activation, RowScaling, Sae, SaeParts};
 
 /// An autoencoder, inputs, and what an independent program computed from them.
 #[derive(Debug, Clone)]
@@ -33,11 +33,14 @@ pub struct SaeLensFolder {
     pub expected: &'static [u8],
 }
 
-const NUMPY: [(&str, &[u8]); 4] = [
+const NUMPY: [(&str, &[u8]); 7] = [
     ("jumprelu", include_bytes!("../golden/sae/jumprelu.safetensors")),
     ("relu", include_bytes!("../golden/sae/relu.safetensors")),
     ("topk", include_bytes!("../golden/sae/topk.safetensors")),
     ("transcoder", include_bytes!("../golden/sae/transcoder.safetensors")),
+    ("skip", include_bytes!("../golden/sae/skip.safetensors")),
+    ("standardised", include_bytes!("../golden/sae/standardised.safetensors")),
+    ("norm", include_bytes!("../golden/sae/norm.safetensors")),
 ];
 
 macro_rules! saelens_folder {
@@ -107,8 +110,24 @@ fn read_numpy(name: &'static str, bytes: &[u8]) -> Result<Golden, FormatError> {
     } else {
         Activation::Relu
     };
-    let parts =
-        SaeParts { d_in, d_out, w_enc, b_enc: data("b_enc")?, w_dec, b_dec: data("b_dec")?, activation };
+    let rows = if file.has("eps") {
+        RowScaling::Standardise { eps: data("eps")?.first().copied().unwrap_or(f32::NAN) }
+    } else if file.has("norm") {
+        RowScaling::Norm
+    } else {
+        RowScaling::None
+    };
+    let parts = SaeParts {
+        d_in,
+        d_out,
+        w_enc,
+        b_enc: data("b_enc")?,
+        w_dec,
+        b_dec: data("b_dec")?,
+        activation,
+        w_skip: if file.has("w_skip") { Some(data("w_skip")?) } else { None },
+        rows,
+    };
     let sae = Sae::new(parts).map_err(|source| FormatError::Weights { part: name.to_owned(), source })?;
     let (x, features, reconstruction) = (data("x")?, data("features")?, data("reconstruction")?);
     Ok(Golden { name, sae, x, features, reconstruction })

@@ -1,6 +1,10 @@
 //! Backends that are wrong in one way each. The suite must reject every one of them, or it judges nothing.
 
-use shared::{Activation, Codes, CodesBuilder, Dims, Forward, Rows, Sae, SaeParts, ShapeError, reference};
+use shared::{
+    Activation, Codes, CodesBuilder, Dims, Forward, RowScaling, Rows, Sae, SaeParts, ShapeError, reference,
+};
+
+use crate::impostor_rows::{scaled_wrongly, undone_wrongly};
 
 /// What is wrong with an impostor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,11 +49,35 @@ pub enum Fault {
     DecodesOneLatent,
     /// Returns a value that is not a number.
     NotANumber,
+    /// No skip connection.
+    SkipIgnored,
+    /// `w_skip` read as `[d_in, d_out]`.
+    SkipTransposed,
+    /// The skip connection reads what the encoder reads.
+    SkipOfScaled,
+    /// What the skip connection adds is scaled back with the rest.
+    SkipUndone,
+    /// Encodes vectors as they are, where rows are scaled.
+    NotScaled,
+    /// The deviation with `d` for `d − 1`.
+    BiasedDeviation,
+    /// Divides by the deviation alone.
+    EpsForgotten,
+    /// Undoes with what was divided by, ε included.
+    EpsUndone,
+    /// The reconstruction stays on the scale of the encoder.
+    NotUndone,
+    /// The mean is not added back.
+    MeanForgotten,
+    /// Every row is scaled back by the statistics of the first.
+    StatisticsOfFirstRow,
+    /// To norm 1 for √d.
+    UnitNorm,
 }
 
 impl Fault {
     /// Every fault.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 32] = [
         Self::AtLeast,
         Self::ThresholdIgnored,
         Self::ThresholdShifted,
@@ -70,6 +98,18 @@ impl Fault {
         Self::WidthUnchecked,
         Self::DecodesOneLatent,
         Self::NotANumber,
+        Self::SkipIgnored,
+        Self::SkipTransposed,
+        Self::SkipOfScaled,
+        Self::SkipUndone,
+        Self::NotScaled,
+        Self::BiasedDeviation,
+        Self::EpsForgotten,
+        Self::EpsUndone,
+        Self::NotUndone,
+        Self::MeanForgotten,
+        Self::StatisticsOfFirstRow,
+        Self::UnitNorm,
     ];
 }
 
@@ -113,6 +153,15 @@ impl Impostor {
                     *k = (*k + 1).min(n);
                 }
             }
+            Fault::SkipIgnored => parts.w_skip = None,
+            Fault::SkipTransposed => {
+                parts.w_skip = parts.w_skip.map(|w_skip| transposed(&w_skip, d_in, d_out));
+            }
+            Fault::EpsForgotten => {
+                if let RowScaling::Standardise { eps } = &mut parts.rows {
+                    *eps = 0.0;
+                }
+            }
             _ => {}
         }
         Ok(Self { honest: sae, sae: Sae::new(parts)?, fault })
@@ -127,7 +176,12 @@ impl Impostor {
         } else {
             x
         };
-        let codes = reference::encode(&self.sae, x)?;
+        let codes = match scaled_wrongly(&self.sae, self.fault, x)? {
+            Some((sae, x)) => reference::encode(&sae, Rows::new(&x, d_in)?)?,
+            None => reference::encode(&self.sae, x)?,
+        };
+        let scaled = self.honest.rows().scaled(x);
+        let x = Rows::new(&scaled, d_in)?;
         let mut builder = CodesBuilder::new(n);
         for (i, row) in x.iter().enumerate() {
             let source = if self.fault == Fault::FirstRowRepeated { 0 } else { i };
@@ -143,7 +197,7 @@ impl Impostor {
         Ok(builder.finish())
     }
 
-    /// Applies the faults that show in the codes of one row.
+    /// Applies the faults that show in the codes of one row; `x` is what the encoder reads.
     fn spoil(&self, x: &[f32], codes: &mut Vec<(u32, f32)>) {
         let n = u32::try_from(self.sae.dims().n_latents).unwrap_or(u32::MAX);
         let activation = self.honest.activation();
@@ -230,9 +284,9 @@ impl Forward for Impostor {
         self.encode_faulty(x)
     }
 
-    async fn decode(&self, codes: &Codes) -> Result<Vec<f32>, ShapeError> {
+    async fn decode(&self, x: Rows<'_>, codes: &Codes) -> Result<Vec<f32>, ShapeError> {
         if self.fault != Fault::DecodesOneLatent {
-            return reference::decode(&self.sae, codes);
+            return undone_wrongly(&self.sae, self.fault, x, codes);
         }
         let mut builder = CodesBuilder::new(codes.n_latents());
         for (latents, values) in codes.iter() {
@@ -241,6 +295,6 @@ impl Forward for Impostor {
             }
             builder.end_row()?;
         }
-        reference::decode(&self.sae, &builder.finish())
+        reference::decode(&self.sae, x, &builder.finish())
     }
 }

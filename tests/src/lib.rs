@@ -8,4 +8,5 @@ pub mod compare;
 pub mod fixture_pack;
 pub mod golden;
 pub mod impostor;
+mod impostor_rows;
 pub mod suite;

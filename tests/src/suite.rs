@@ -11,7 +11,9 @@
 
 use std::fmt;
 
-use shared::{Activation, Codes, CodesBuilder, Forward, Rows, Sae, SaeParts, ShapeError, reference};
+use shared::{
+    Activation, Codes, CodesBuilder, Forward, RowScaling, Rows, Sae, SaeParts, ShapeError, reference,
+};
 
 use crate::compare::{self, Agreement};
 use crate::golden::{self, Golden};
@@ -104,7 +106,8 @@ async fn check_golden<B: Forward>(report: &mut Report, golden: &Golden, backend:
     report.add(format!("{name}: encode"), outcome.await);
     let outcome = async {
         let codes = sparse(features, sae.dims().n_latents)?;
-        let found = backend.decode(&codes).await.map_err(text)?;
+        let rows = Rows::new(x, sae.dims().d_in).map_err(text)?;
+        let found = backend.decode(rows, &codes).await.map_err(text)?;
         compare::close(reconstruction, &found, TOLERANCE).map_err(text)
     };
     report.add(format!("{name}: decode"), outcome.await);
@@ -141,18 +144,48 @@ async fn check_case<B: Forward>(report: &mut Report, case: &Case, backend: &B) {
     };
     report.add(format!("{name}: encode a single row"), outcome.await);
     let outcome = async {
-        let found = backend.decode(&wanted).await.map_err(text)?;
-        compare::close(&reference::decode(sae, &wanted).map_err(text)?, &found, TOLERANCE).map_err(text)
+        let rows = Rows::new(x, dims.d_in).map_err(text)?;
+        let found = backend.decode(rows, &wanted).await.map_err(text)?;
+        let decoded = reference::decode(sae, rows, &wanted).map_err(text)?;
+        compare::close(&decoded, &found, TOLERANCE).map_err(text)?;
+        rows_decode_alone(backend, sae, rows, &wanted).await
     };
     report.add(format!("{name}: decode"), outcome.await);
     report.add(format!("{name}: nothing and wrong widths"), edges(sae, backend).await);
 }
 
-/// An empty batch comes back empty; rows or codes of another width are an error.
+/// A row decodes to the same whatever rows are beside it: statistics belong to it alone. Compared row by row, so that a
+/// small row's error does not hide behind a large row's values.
+async fn rows_decode_alone<B: Forward>(
+    backend: &B,
+    sae: &Sae,
+    x: Rows<'_>,
+    codes: &Codes,
+) -> Result<Agreement, String> {
+    let mut worst = Agreement { n: 0, worst: 0, share: 0.0 };
+    for (i, (latents, values)) in codes.iter().enumerate() {
+        let mut builder = CodesBuilder::new(codes.n_latents());
+        latents.iter().zip(values).for_each(|(&latent, &value)| builder.push(latent, value));
+        builder.end_row().map_err(text)?;
+        let (row, codes) = (x.slice(i, i + 1), builder.finish());
+        let wanted = reference::decode(sae, row, &codes).map_err(text)?;
+        let found = backend.decode(row, &codes).await.map_err(text)?;
+        let scale = wanted.iter().fold(f32::MIN_POSITIVE, |m, w| m.max(w.abs()));
+        let over = |values: &[f32]| values.iter().map(|v| v / scale).collect::<Vec<_>>();
+        let agreement = compare::close(&over(&wanted), &over(&found), TOLERANCE);
+        let agreement = agreement.map_err(|e| format!("row {i} alone: {e}"))?;
+        worst = if agreement.share > worst.share { agreement } else { worst };
+        worst.n += agreement.n;
+    }
+    Ok(worst)
+}
+
+/// An empty batch comes back empty; rows or codes of another width, or of another number, are an error.
 async fn edges<B: Forward>(sae: &Sae, backend: &B) -> Result<Agreement, String> {
     let dims = sae.dims();
     let none = encode(backend, sae, &[]).await?;
-    let nothing = backend.decode(&none).await.map_err(text)?;
+    let no_rows = Rows::new(&[], dims.d_in).map_err(text)?;
+    let nothing = backend.decode(no_rows, &none).await.map_err(text)?;
     if none.n_rows() != 0 || !nothing.is_empty() {
         return Err(format!("an empty batch became {} rows and {} values", none.n_rows(), nothing.len()));
     }
@@ -162,13 +195,25 @@ async fn edges<B: Forward>(sae: &Sae, backend: &B) -> Result<Agreement, String> 
     }
     let mut foreign = CodesBuilder::new(dims.n_latents + 1);
     foreign.end_row().map_err(text)?;
-    if backend.decode(&foreign.finish()).await.is_ok() {
+    let narrow = Rows::new(&wide[..dims.d_in], dims.d_in).map_err(text)?;
+    if backend.decode(narrow, &foreign.finish()).await.is_ok() {
         return Err("codes of a wrong width were decoded".to_owned());
     }
-    // A row without active latents is the decoder's bias.
     let mut silent = CodesBuilder::new(dims.n_latents);
     silent.end_row().map_err(text)?;
-    compare::close(sae.b_dec(), &backend.decode(&silent.finish()).await.map_err(text)?, 0.0).map_err(text)
+    let silent = silent.finish();
+    let wide = Rows::new(&wide, dims.d_in + 1).map_err(text)?;
+    if backend.decode(no_rows, &silent).await.is_ok() || backend.decode(wide, &silent).await.is_ok() {
+        return Err("codes were decoded with vectors they cannot be of".to_owned());
+    }
+    // Without anything that reads the vector, a row without active latents is the decoder's bias.
+    let found = backend.decode(narrow, &silent).await.map_err(text)?;
+    let (wanted, tolerance) = if sae.w_skip().is_none() && sae.rows().is_none() {
+        (sae.b_dec().to_vec(), 0.0)
+    } else {
+        (reference::decode(sae, narrow, &silent).map_err(text)?, TOLERANCE)
+    };
+    compare::close(&wanted, &found, tolerance).map_err(text)
 }
 
 async fn encode<B: Forward>(backend: &B, sae: &Sae, x: &[f32]) -> Result<Codes, String> {
@@ -193,6 +238,20 @@ fn sparse(dense: &[f32], n_latents: usize) -> Result<Codes, String> {
     Ok(builder.finish())
 }
 
+/// What the seeded dictionaries are: an activation, perhaps with a skip connection or scaled rows.
+const KINDS: [&str; 10] = [
+    "jumprelu",
+    "relu",
+    "top-1",
+    "top-k",
+    "top-n",
+    "jumprelu skip",
+    "jumprelu standardised",
+    "jumprelu norm",
+    "top-k standardised",
+    "relu standardised skip",
+];
+
 /// Dictionaries of odd sizes over every activation; sizes fall on both sides of usual tile widths.
 #[must_use]
 pub fn seeded_cases() -> Vec<Case> {
@@ -209,9 +268,16 @@ pub fn seeded_cases() -> Vec<Case> {
     ];
     let mut cases = Vec::new();
     for (seed, (d_in, n, d_out, n_rows)) in (1u64..).zip(sizes) {
-        for kind in ["jumprelu", "relu", "top-1", "top-k", "top-n"] {
+        for kind in KINDS {
+            // The unbiased deviation of a single value does not exist.
+            if d_in == 1 && kind.contains("standardised") {
+                continue;
+            }
             let mut random = Random(seed);
-            let x = random.normal(n_rows * d_in, 1.0);
+            let mut x = random.normal(n_rows * d_in, 1.0);
+            if kind.contains("standardised") || kind.contains("norm") {
+                rescale(&mut x, d_in);
+            }
             if let Ok(sae) = seeded_sae(&mut random, (d_in, n, d_out), kind, &x) {
                 cases.push(Case { name: format!("{kind} {d_in}x{n}->{d_out}, {n_rows} rows"), sae, x });
             }
@@ -236,12 +302,19 @@ fn seeded_sae(
         w_dec: random.normal(n * d_out, 0.5),
         b_dec: random.normal(d_out, 0.5),
         activation: Activation::Relu,
+        w_skip: kind.contains("skip").then(|| random.normal(d_out * d_in, spread)),
+        rows: match kind {
+            "top-k standardised" => RowScaling::LAYER_NORM,
+            kind if kind.contains("standardised") => RowScaling::Standardise { eps: 0.125 },
+            kind if kind.contains("norm") => RowScaling::Norm,
+            _ => RowScaling::None,
+        },
     };
-    parts.activation = match kind {
-        "top-1" => Activation::TopK { k: 1 },
-        "top-k" => Activation::TopK { k: n.div_ceil(7) },
-        "top-n" => Activation::TopK { k: n },
-        "jumprelu" => {
+    parts.activation = match kind.split(' ').next() {
+        Some("top-1") => Activation::TopK { k: 1 },
+        Some("top-k") => Activation::TopK { k: n.div_ceil(7) },
+        Some("top-n") => Activation::TopK { k: n },
+        Some("jumprelu") => {
             Activation::JumpRelu { threshold: random.normal(n, 0.5).iter().map(|t| t.abs()).collect() }
         }
         _ => Activation::Relu,
@@ -255,6 +328,7 @@ fn seeded_sae(
     let sae = Sae::new(parts)?;
     let mut parts = sae.clone().into_parts();
     if let Activation::JumpRelu { threshold } = &mut parts.activation {
+        let x = sae.rows().scaled(Rows::new(x, d_in)?);
         // Half of the thresholds land on the f32 next to a pre-activation of some row.
         for (latent, t) in threshold.iter_mut().enumerate().step_by(2) {
             let row = latent % (x.len() / d_in);
@@ -264,6 +338,14 @@ fn seeded_sae(
         }
     }
     Sae::new(parts)
+}
+
+/// Rows of every size, off centre, and among them one that is constant and one so small that an ε of 1e-5 shows.
+fn rescale(x: &mut [f32], d_in: usize) {
+    for (i, row) in x.chunks_exact_mut(d_in).enumerate() {
+        let (size, centre) = [(1.0, 0.5), (30.0, -7.0), (2e-5, 0.0), (0.25, 3.0), (0.0, 2.0)][i % 5];
+        row.iter_mut().for_each(|value| *value = size * *value + centre);
+    }
 }
 
 /// A small generator (SplitMix64) so that cases are the same on every platform.

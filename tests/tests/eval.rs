@@ -19,7 +19,7 @@ use native::store::{Manifest, Split, Store, TapInfo};
 use shared::lm::{LmError, NoTap, Tap, TapAction, TokenBatch, Until, nll};
 use shared::pack::{self, FeatureShard, Group, Index, Text, TextEntry};
 use shared::tap::{Site, TapPoint};
-use shared::{Activation, Rows, Sae, SaeParts, reference};
+use shared::{Activation, RowScaling, Rows, Sae, SaeParts, reference};
 
 const LENGTH: usize = 20;
 const N_TRAIN: usize = 30;
@@ -178,8 +178,17 @@ fn tiny_store(folder: &Path, model: &LoadedModel) -> Store {
 
 fn file(w_enc: Vec<f32>, w_dec: Vec<f32>, activation: Activation, d: usize) -> SaeFile {
     let n = w_enc.len() / d;
-    let parts =
-        SaeParts { d_in: d, d_out: d, w_enc, b_enc: vec![0.0; n], w_dec, b_dec: vec![0.0; d], activation };
+    let parts = SaeParts {
+        d_in: d,
+        d_out: d,
+        w_enc,
+        b_enc: vec![0.0; n],
+        w_dec,
+        b_dec: vec![0.0; d],
+        activation,
+        w_skip: None,
+        rows: RowScaling::None,
+    };
     SaeFile { sae: Sae::new(parts).unwrap(), metadata: Default::default() }
 }
 

@@ -81,7 +81,7 @@ fn compute(file: &SaeFile, expected: &Expected) -> Result<(), String> {
     let close =
         |wanted: &[f32], found: &[f32]| compare::close(wanted, found, 1e-5).map_err(|e| e.to_string());
     close(&expected.features, &codes.to_dense()).map(drop)?;
-    close(&expected.reconstruction, &reference::decode(&file.sae, &codes).unwrap()).map(drop)
+    close(&expected.reconstruction, &reference::decode(&file.sae, rows, &codes).unwrap()).map(drop)
 }
 
 #[test]
@@ -170,9 +170,11 @@ fn converting_keeps_features_and_reconstructions() {
                 continue;
             }
             let sae = sae_files::read(&path).unwrap().sae;
-            let codes = reference::encode(&sae, Rows::new(&golden.x, sae.dims().d_in).unwrap()).unwrap();
+            let rows = Rows::new(&golden.x, sae.dims().d_in).unwrap();
+            let codes = reference::encode(&sae, rows).unwrap();
             compare::close(&golden.features, &codes.to_dense(), 1e-5).unwrap();
-            compare::close(&golden.reconstruction, &reference::decode(&sae, &codes).unwrap(), 1e-5).unwrap();
+            let found = reference::decode(&sae, rows, &codes).unwrap();
+            compare::close(&golden.reconstruction, &found, 1e-5).unwrap();
         }
     }
 }

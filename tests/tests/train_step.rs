@@ -358,13 +358,13 @@ fn threads_do_not_change_a_bit() {
     }
 }
 
-/// A released autoencoder is active where training was.
+/// A released autoencoder is active where training was and reconstructs what training did, a skip connection included.
 #[test]
-fn released_weights_are_active_where_training_was() {
+fn released_weights_compute_what_training_did() {
     use native::cpu::CpuBackend;
     use shared::fold::Scales;
-    for case in cases().iter().filter(|case| !case.skip && !matches!(case.latents, Latents::BatchTopK { .. }))
-    {
+    assert!(cases().iter().any(|case| case.skip));
+    for case in cases().iter().filter(|case| !matches!(case.latents, Latents::BatchTopK { .. })) {
         let params = case.start();
         let x = Noise(23).vector(N_ROWS * D, 0.35);
         let y = vec![0.0; N_ROWS * case.d_out];
@@ -374,11 +374,18 @@ fn released_weights_are_active_where_training_was() {
             .unwrap();
         let sae = CpuBackend::new(params.release(Scales { input: 8.0, output: 2.0 * 8.0 }).unwrap());
         let raw: Vec<f32> = x.iter().map(|v| v * 8.0).collect();
-        let codes = sae.encode(Rows::new(&raw, D).unwrap()).unwrap();
+        let raw = Rows::new(&raw, D).unwrap();
+        let codes = sae.encode(raw).unwrap();
+        let decoded = sae.decode(raw, &codes).unwrap();
+        assert_eq!(sae.sae().w_skip().is_some(), case.skip, "{}", case.name);
         for (row, (latents, values)) in codes.iter().enumerate() {
             let (want, f): (Vec<u32>, Vec<f32>) = forward.active(&params, row).unzip();
             assert_eq!(latents, want, "{}: row {row}", case.name);
             assert!(values.iter().zip(&f).all(|(v, f)| (v / 8.0 - f).abs() < 1e-5), "{}", case.name);
+            // Against nothing, so that the residual is the reconstruction.
+            let found = &decoded[row * case.d_out..(row + 1) * case.d_out];
+            let mut pairs = found.iter().zip(forward.residual(row));
+            assert!(pairs.all(|(v, r)| (v / 16.0 - r).abs() < 1e-4), "{}: row {row}", case.name);
         }
     }
 }

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use conformance::suite;
-use shared::{Activation, Codes, Dims, Forward, Rows, Sae, SaeParts, reference};
+use shared::{Activation, Codes, Dims, Forward, RowScaling, Rows, Sae, SaeParts, reference};
 use web::gpu::{Blocks, Gpu, GpuBackend, GpuError};
 
 fn gpu() -> Gpu {
@@ -42,6 +42,8 @@ fn dictionary(dims: Dims, activation: Activation) -> Sae {
         w_dec: noise(n_latents * d_out, 3),
         b_dec: noise(d_out, 4),
         activation,
+        w_skip: None,
+        rows: RowScaling::None,
     })
     .unwrap()
 }
@@ -64,8 +66,8 @@ fn check(sae: &Sae, n_rows: usize, cut: Blocks) {
     let backend = backend(sae, cut);
     let codes = pollster::block_on(backend.encode(x)).unwrap();
     assert_same(sae, x, &codes);
-    let wanted = reference::decode(sae, &codes).unwrap();
-    let found = pollster::block_on(backend.decode(&codes)).unwrap();
+    let wanted = reference::decode(sae, x, &codes).unwrap();
+    let found = pollster::block_on(backend.decode(x, &codes)).unwrap();
     assert_eq!(found.len(), wanted.len());
     let scale = wanted.iter().fold(1.0f32, |m, w| m.max(w.abs()));
     for (f, w) in found.iter().zip(&wanted) {
@@ -143,9 +145,10 @@ fn pre_activations_on_the_threshold_are_settled_as_the_reference_does() {
 fn empty_wrong_and_not_finite_input() {
     let dims = Dims { d_in: 6, d_out: 6, n_latents: 8 };
     let backend = backend(&dictionary(dims, Activation::Relu), Blocks::default());
-    let none = pollster::block_on(backend.encode(Rows::new(&[], 6).unwrap())).unwrap();
+    let nothing = Rows::new(&[], 6).unwrap();
+    let none = pollster::block_on(backend.encode(nothing)).unwrap();
     assert_eq!((none.n_rows(), none.n_active()), (0, 0));
-    assert_eq!(pollster::block_on(backend.decode(&none)).unwrap(), [0.0f32; 0]);
+    assert_eq!(pollster::block_on(backend.decode(nothing, &none)).unwrap(), [0.0f32; 0]);
     let narrow = [0.0; 5];
     let result = pollster::block_on(backend.encode(Rows::new(&narrow, 5).unwrap()));
     assert!(matches!(result, Err(GpuError::Shape(_))));

@@ -70,8 +70,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             n_active += codes.n_active();
             all.push(codes);
         }
-        for codes in &all {
-            write_values(out, &backend.decode(codes).map_err(io::Error::other)?)?;
+        for (codes, x) in all.iter().zip(x.chunks(CHUNK_ROWS * d_in)) {
+            let rows = Rows::new(x, d_in).map_err(io::Error::other)?;
+            write_values(out, &backend.decode(rows, codes).map_err(io::Error::other)?)?;
         }
         Ok(())
     })?;
@@ -123,7 +124,7 @@ fn write_values(out: &mut dyn Write, values: &[f32]) -> io::Result<()> {
 mod tests {
     use shared::format::SaeMetadata;
     use shared::format::tensors::serialize;
-    use shared::{Activation, Sae, SaeParts, reference};
+    use shared::{Activation, RowScaling, Sae, SaeParts, reference};
 
     use super::*;
     use crate::sae_files::{SaeFile, SaeFormat};
@@ -139,6 +140,8 @@ mod tests {
             w_dec: wave(21, 0.3),
             b_dec: wave(3, 0.4),
             activation: Activation::JumpRelu { threshold: vec![0.3; 7] },
+            w_skip: None,
+            rows: RowScaling::None,
         };
         let sae = Sae::new(parts).unwrap();
         let folder = tempfile::tempdir().unwrap();
@@ -155,7 +158,7 @@ mod tests {
         let codes = reference::encode(&sae, Rows::new(&x, 3).unwrap()).unwrap();
         assert_eq!(out.exact("features", &[n_rows, 7]).unwrap(), codes.to_dense());
         let reconstruction = out.exact("reconstruction", &[n_rows, 3]).unwrap();
-        assert_eq!(reconstruction, reference::decode(&sae, &codes).unwrap());
+        assert_eq!(reconstruction, reference::decode(&sae, Rows::new(&x, 3).unwrap(), &codes).unwrap());
 
         for (name, shape, values) in [
             ("narrow", vec![2, 2], vec![0.5; 4]),

@@ -199,8 +199,8 @@ fn short(value: &Value) -> String {
 
 #[cfg(test)]
 mod tests {
-    use shared::SaeParts;
     use shared::format::SaeMetadata;
+    use shared::{RowScaling, SaeParts};
 
     use super::*;
     use crate::sae_files::SaeFormat;
@@ -215,6 +215,8 @@ mod tests {
             w_dec: vec![0.6, 0.8, 0.0, 0.0, 1.0, 0.0],
             b_dec: vec![0.0, 2.0],
             activation: Activation::JumpRelu { threshold: vec![0.1, 0.3, 0.2] },
+            w_skip: None,
+            rows: RowScaling::None,
         };
         let folder = tempfile::tempdir().unwrap();
         let file = SaeFile { sae: Sae::new(parts).unwrap(), metadata: SaeMetadata::default() };

@@ -16,7 +16,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 use shared::certify::{self, Candidates, Screen};
 use shared::cpu::decode_row;
-use shared::{Codes, CodesBuilder, Dims, Forward, Rows, Sae, ShapeError};
+use shared::{Codes, CodesBuilder, Dims, Forward, RowScaling, Rows, Sae, ShapeError};
 
 use gemm::{Matrix, product};
 
@@ -61,9 +61,18 @@ impl CpuBackend {
         let Dims { d_in, n_latents, .. } = self.sae.dims();
         x.expect_width("x", d_in)?;
         let mut builder = CodesBuilder::new(n_latents);
+        let rows = self.sae.rows();
+        let mut scaled = Vec::new();
         // Sixteen tiles of rows at a time bound what is collected before it becomes codes.
         for start in (0..x.n_rows()).step_by(16 * TILE_ROWS) {
-            self.encode_batch(x.slice(start, (start + 16 * TILE_ROWS).min(x.n_rows())), &mut builder)?;
+            let mut batch = x.slice(start, (start + 16 * TILE_ROWS).min(x.n_rows()));
+            if rows != RowScaling::None {
+                scaled.resize(batch.data().len(), 0.0);
+                let each = scaled.par_chunks_exact_mut(d_in).zip(batch.data().par_chunks_exact(d_in));
+                each.for_each(|(out, x)| rows.apply(x, out));
+                batch = Rows::new(&scaled, d_in)?;
+            }
+            self.encode_batch(batch, &mut builder)?;
         }
         Ok(builder.finish())
     }
@@ -168,21 +177,24 @@ impl CpuBackend {
         Ok(())
     }
 
-    /// Latent activations to reconstructions `[n_rows, d_out]`, summed in f64.
+    /// Latent activations of the vectors `x` `[n_rows, d_in]` to reconstructions `[n_rows, d_out]`, summed in f64; only the
+    /// product with a skip connection is summed in f32.
     ///
     /// # Errors
-    /// If the codes index another dictionary width.
-    pub fn decode(&self, codes: &Codes) -> Result<Vec<f32>, ShapeError> {
-        let Dims { d_out, n_latents, .. } = self.sae.dims();
-        if codes.n_latents() != n_latents {
-            return Err(ShapeError::Width { name: "codes", expected: n_latents, found: codes.n_latents() });
-        }
+    /// If the codes index another dictionary width, or `x` has another width or other rows than the codes.
+    pub fn decode(&self, x: Rows<'_>, codes: &Codes) -> Result<Vec<f32>, ShapeError> {
+        self.sae.check_decode(x, codes)?;
+        let Dims { d_in, d_out, .. } = self.sae.dims();
         let mut out = vec![0.0; codes.n_rows() * d_out];
+        if let Some(w_skip) = self.sae.w_skip().filter(|_| codes.n_rows() > 0) {
+            let (inputs, skip) =
+                (Matrix::new(x.data(), x.n_rows(), d_in)?, Matrix::new(w_skip, d_out, d_in)?.transposed());
+            product(&mut out, inputs, skip, 1.0, false, rayon::current_num_threads())?;
+        }
         out.par_chunks_exact_mut(d_out).enumerate().for_each_init(
             || vec![0.0; d_out],
             |sum, (i, out)| {
-                let (latents, values) = codes.row(i);
-                decode_row(&self.sae, latents, values, sum, out);
+                decode_row(&self.sae, x.row(i), codes.row(i), sum, out);
             },
         );
         Ok(out)
@@ -209,7 +221,7 @@ impl Forward for CpuBackend {
         Self::encode(self, x)
     }
 
-    async fn decode(&self, codes: &Codes) -> Result<Vec<f32>, ShapeError> {
-        Self::decode(self, codes)
+    async fn decode(&self, x: Rows<'_>, codes: &Codes) -> Result<Vec<f32>, ShapeError> {
+        Self::decode(self, x, codes)
     }
 }

@@ -65,7 +65,7 @@ impl<'a> ReconstructionMeter<'a> {
     /// If rows have another width.
     pub fn add_held_out(&mut self, x: Rows<'_>) -> Result<()> {
         let codes = self.backend.encode(x)?;
-        let reconstruction = self.backend.decode(&codes)?;
+        let reconstruction = self.backend.decode(x, &codes)?;
         self.fvu.update(x, Rows::new(&reconstruction, x.width())?)?;
         self.l0.update(&codes);
         self.density.update(&codes)?;
@@ -107,7 +107,7 @@ impl<'a> ReconstructionMeter<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use shared::{Activation, Sae, SaeParts};
+    use shared::{Activation, RowScaling, Sae, SaeParts};
 
     /// Two inputs copied through two latents, a third that never fires: every figure is known.
     #[test]
@@ -120,6 +120,8 @@ mod tests {
             w_dec: vec![1.0, 0.0, 0.0, 1.0, 1.0, 1.0],
             b_dec: vec![0.0, 0.0],
             activation: Activation::JumpRelu { threshold: vec![0.5; 3] },
+            w_skip: None,
+            rows: RowScaling::None,
         })
         .unwrap();
         let backend = CpuBackend::new(sae);

@@ -87,7 +87,7 @@ impl<'a> SpliceMeter<'a> {
         let kept = kept.as_slice();
         self.n_kept += kept.iter().filter(|&&k| k).count() as u64;
         let reconstruct = |x: Rows<'_>| -> Result<Vec<f32>, LmError> {
-            Ok(self.backend.encode(x).and_then(|codes| self.backend.decode(&codes))?)
+            Ok(self.backend.encode(x).and_then(|codes| self.backend.decode(x, &codes))?)
         };
         let spliced = self.run(tokens, kept, reconstruct)?;
         let zero = self.run(tokens, kept, |x| Ok::<_, LmError>(vec![0.0; x.data().len()]))?;

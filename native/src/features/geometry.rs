@@ -91,7 +91,7 @@ pub fn logits(sae: &Sae, model: &LanguageModel, k: usize) -> Result<Option<Vec<E
 #[cfg(test)]
 mod tests {
     use super::*;
-    use shared::{Activation, SaeParts};
+    use shared::{Activation, RowScaling, SaeParts};
 
     #[test]
     fn largest_is_sorted_and_ignores_nan() {
@@ -115,6 +115,8 @@ mod tests {
             w_dec,
             b_dec: vec![0.0; d],
             activation: Activation::Relu,
+            w_skip: None,
+            rows: RowScaling::None,
         };
         let sae = Sae::new(parts).unwrap();
         let fast = neighbours(&sae, 3).unwrap();

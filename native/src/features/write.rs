@@ -167,6 +167,7 @@ pub(super) fn manifest(
             layer: point.layer,
             d_in: dims.d_in,
             n_latents: dims.n_latents,
+            rows: sae.rows(),
             activation: ActivationKind::of(sae.activation()),
         },
         corpus: CorpusInfo {

@@ -197,7 +197,7 @@ pub fn write_density(folder: &Path, density: &[f32]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use shared::{Activation, SaeParts};
+    use shared::{Activation, RowScaling, SaeParts};
 
     fn file() -> SaeFile {
         let sae = Sae::new(SaeParts {
@@ -208,6 +208,8 @@ mod tests {
             w_dec: vec![2.0, 0.0, 0.0, 3.0, 1.0, 1.0],
             b_dec: vec![0.125, -0.125],
             activation: Activation::JumpRelu { threshold: vec![1.0, 1.0, 0.125] },
+            w_skip: None,
+            rows: RowScaling::None,
         });
         SaeFile { sae: sae.unwrap(), metadata: SaeMetadata::default() }
     }

@@ -142,7 +142,7 @@ mod tests {
     use std::io::Cursor;
 
     use serde_json::json;
-    use shared::{Activation, Sae, SaeParts};
+    use shared::{Activation, RowScaling, Sae, SaeParts};
 
     use super::*;
     use crate::hub::tests::server::{Reply, Server};
@@ -157,6 +157,8 @@ mod tests {
             w_dec: vec![2.0, 0.0, 0.0, 3.0, 1.0, 1.0],
             b_dec: vec![0.125, -0.125],
             activation: Activation::JumpRelu { threshold: vec![threshold; 3] },
+            w_skip: None,
+            rows: RowScaling::None,
         });
         let mut bytes = Cursor::new(Vec::new());
         gemma_scope::write(&sae.unwrap(), &mut bytes).unwrap();

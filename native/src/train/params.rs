@@ -156,7 +156,7 @@ impl Params {
     /// The released form for raw activations.
     ///
     /// # Errors
-    /// If a parameter is not finite, or there is a skip connection, which released weights cannot express yet.
+    /// If a parameter is not finite.
     pub fn release(&self, scales: Scales) -> Result<Sae> {
         let t = &self.tensors;
         let thetas = self.thetas();
@@ -172,6 +172,7 @@ impl Params {
             b_enc: &t.b_enc,
             w_dec: &t.w_dec,
             b_dec: &t.b_dec,
+            w_skip: Some(&t.w_skip[..]).filter(|w_skip| !w_skip.is_empty()),
             latents,
             pre_bias: self.pre_bias,
         };

@@ -385,9 +385,10 @@ impl<'a> Run<'a> {
         let (mut l0, mut fvu) = (L0::new(), Fvu::new(d_out));
         for (x, y) in x.chunks(1024).zip(y.chunks(1024)) {
             let (x, y) = (x.concat(), y.concat());
-            let codes = backend.encode(Rows::new(&x, d_in)?)?;
+            let x = Rows::new(&x, d_in)?;
+            let codes = backend.encode(x)?;
             l0.update(&codes);
-            fvu.update(Rows::new(&y, d_out)?, Rows::new(&backend.decode(&codes)?, d_out)?)?;
+            fvu.update(Rows::new(&y, d_out)?, Rows::new(&backend.decode(x, &codes)?, d_out)?)?;
         }
         Ok((l0.mean(), fvu.value()))
     }

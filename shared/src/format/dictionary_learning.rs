@@ -23,6 +23,7 @@ use super::fold;
 use super::metadata::SaeMetadata;
 use super::tensors::transpose;
 use super::torch::{self, Item, TorchFile};
+use crate::row_scaling::RowScaling;
 use crate::sae::{Activation, Sae, SaeParts};
 use crate::tap::{Site, TapPoint};
 
@@ -131,7 +132,17 @@ fn parts<R: Read + Seek>(file: &mut TorchFile<'_, R>, class: Class) -> Result<Sa
         Class::TopK | Class::BatchTopK => ("encoder.bias", "b_dec"),
     };
     let (b_enc, b_dec) = (file.exact(b_enc, &[n])?, file.exact(b_dec, &[d])?);
-    let mut parts = SaeParts { d_in: d, d_out: d, w_enc, b_enc, w_dec, b_dec, activation: Activation::Relu };
+    let mut parts = SaeParts {
+        d_in: d,
+        d_out: d,
+        w_enc,
+        b_enc,
+        w_dec,
+        b_dec,
+        activation: Activation::Relu,
+        w_skip: None,
+        rows: RowScaling::None,
+    };
     match class {
         Class::AutoEncoder | Class::AutoEncoderNew => {}
         Class::Gated => fold::gate(&mut parts, &file.exact("gate_bias", &[n])?, &file.exact("r_mag", &[n])?),
@@ -197,6 +208,8 @@ fn metadata(config: Option<Map<String, Value>>) -> SaeMetadata {
 /// # Errors
 /// If input and output differ in width, which no class holds, or writing fails.
 pub fn write(sae: &Sae, metadata: &SaeMetadata, target: impl Write + Seek) -> Result<Vec<u8>, FormatError> {
+    fold::refuse_skip(WEIGHTS, sae)?;
+    fold::refuse_scaled_rows(WEIGHTS, sae)?;
     let dims = sae.dims();
     let (d, n) = (dims.d_in, dims.n_latents);
     if dims.d_out != d {

@@ -1,6 +1,8 @@
 //! From what files hold to the one in-memory form: pre-encoder biases, gates and decoder norms folded in f64.
 
+use super::error::FormatError;
 use crate::reference::dot;
+use crate::row_scaling::RowScaling;
 use crate::sae::{Activation, Sae, SaeParts};
 
 /// Subtracts `W_enc b_dec` from the encoder bias, so that `W_enc (x − b_dec) + b_enc` reads raw `x`.
@@ -62,6 +64,24 @@ pub(super) fn threshold(mut raw: Vec<f32>) -> Activation {
     Activation::JumpRelu { threshold: raw }
 }
 
+/// For writers of formats without skip connections.
+pub(super) fn refuse_skip(part: &str, sae: &Sae) -> Result<(), FormatError> {
+    match sae.w_skip() {
+        None => Ok(()),
+        Some(_) => Err(FormatError::field(part, "skip connection", "none, as the format has none", "one")),
+    }
+}
+
+/// For writers of formats that read every vector as it is.
+pub(super) fn refuse_scaled_rows(part: &str, sae: &Sae) -> Result<(), FormatError> {
+    let found = match sae.rows() {
+        RowScaling::None => return Ok(()),
+        RowScaling::Standardise { eps } => format!("each standardised on its own (ε = {eps})"),
+        RowScaling::Norm => "each scaled to a norm of √d".to_owned(),
+    };
+    Err(FormatError::field(part, "vectors", "read as they are, as the format has nothing else", found))
+}
+
 #[expect(clippy::cast_possible_truncation, reason = "weights are held in f32")]
 pub(super) fn to_f32(value: f64) -> f32 {
     value as f32
@@ -82,6 +102,8 @@ mod tests {
             w_dec: vec![3.0, 4.0, 0.0, 2.0, 0.6, 0.8],
             b_dec: vec![0.25, -0.5],
             activation: Activation::Relu,
+            w_skip: None,
+            rows: RowScaling::None,
         }
     }
 

@@ -13,6 +13,7 @@ use super::error::FormatError;
 use super::fold;
 use super::npy::{self, Header};
 use super::tensors::{TensorFile, transpose};
+use crate::row_scaling::RowScaling;
 use crate::sae::{Activation, Sae, SaeParts};
 
 /// The name of the archive in messages and on disk.
@@ -85,6 +86,8 @@ pub fn read(mut source: impl Read + Seek) -> Result<Sae, FormatError> {
         w_dec: array("w_dec", false)?,
         b_dec: array("b_dec", false)?,
         activation: fold::threshold(array("threshold", false)?),
+        w_skip: None,
+        rows: RowScaling::None,
     };
     Sae::new(parts).map_err(|e| FormatError::weights(PARAMS, e))
 }
@@ -140,6 +143,8 @@ fn find<'a>(
 /// # Errors
 /// If the autoencoder is top-k, which the format cannot say, or writing fails.
 pub fn write(sae: &Sae, target: impl Write + Seek) -> Result<(), FormatError> {
+    fold::refuse_skip(PARAMS, sae)?;
+    fold::refuse_scaled_rows(PARAMS, sae)?;
     let (d_in, d_out, n) = (sae.dims().d_in, sae.dims().d_out, sae.dims().n_latents);
     let threshold = match sae.activation() {
         Activation::JumpRelu { threshold } => threshold.clone(),
@@ -195,6 +200,8 @@ pub fn read_safetensors(bytes: &[u8]) -> Result<Sae, FormatError> {
         w_dec,
         b_dec: file.exact("b_dec", &[d_out])?,
         activation: fold::threshold(file.exact("threshold", &[n])?),
+        w_skip: None,
+        rows: RowScaling::None,
     };
     Sae::new(parts).map_err(|e| FormatError::weights(PARAMS_2, e))
 }
@@ -216,6 +223,8 @@ mod tests {
             w_dec: wave(20, 0.3),
             b_dec: wave(4, 0.4),
             activation: Activation::JumpRelu { threshold: vec![0.1, 0.2, 0.3, 0.4, 0.5] },
+            w_skip: None,
+            rows: RowScaling::None,
         })
         .unwrap()
     }

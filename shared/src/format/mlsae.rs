@@ -10,6 +10,7 @@ use super::error::FormatError;
 use super::fold;
 use super::metadata::SaeMetadata;
 use super::tensors::{TensorFile, transpose};
+use crate::row_scaling::RowScaling;
 use crate::sae::{Activation, Sae, SaeParts};
 
 /// The name of the configuration.
@@ -70,6 +71,8 @@ pub fn read(config: &[u8], weights: &[u8]) -> Result<(Sae, SaeMetadata), FormatE
         w_dec: transpose(&file.exact(&name("decoder.weight"), &[d, n])?, d, n),
         b_dec: file.exact(&name("pre_encoder_bias"), &[d])?,
         activation: Activation::TopK { k: count("k")? },
+        w_skip: None,
+        rows: RowScaling::None,
     };
     fold::pre_encoder_bias(&mut parts);
     let sae = Sae::new(parts).map_err(|e| FormatError::weights(WEIGHTS, e))?;

@@ -10,6 +10,7 @@ use super::error::FormatError;
 use super::fold;
 use super::tensors::transpose;
 use super::torch::{self, Item, TorchFile};
+use crate::row_scaling::RowScaling;
 use crate::sae::{Activation, Sae, SaeParts};
 
 /// The file's name in messages.
@@ -53,6 +54,8 @@ pub fn read(weights: impl Read + Seek) -> Result<Sae, FormatError> {
         w_dec,
         b_dec: file.exact("pre_bias", &[d])?,
         activation: Activation::Relu,
+        w_skip: None,
+        rows: RowScaling::None,
     };
     fold::pre_encoder_bias(&mut parts);
     Sae::new(parts).map_err(|e| FormatError::weights(WEIGHTS, e))
@@ -63,6 +66,8 @@ pub fn read(weights: impl Read + Seek) -> Result<Sae, FormatError> {
 /// # Errors
 /// If the autoencoder is no ReLU one with equal widths, which is all the format holds, or writing fails.
 pub fn write(sae: &Sae, target: impl Write + Seek) -> Result<(), FormatError> {
+    fold::refuse_skip(WEIGHTS, sae)?;
+    fold::refuse_scaled_rows(WEIGHTS, sae)?;
     let dims = sae.dims();
     let (d, n) = (dims.d_in, dims.n_latents);
     let found = match sae.activation() {

@@ -12,6 +12,7 @@ use super::fold::{self, to_f32};
 use super::metadata::{SaeMetadata, tap_of_hook};
 use super::tensors::{TensorFile, serialize, transpose};
 use crate::reference::dot;
+use crate::row_scaling::RowScaling;
 use crate::sae::{Activation, Sae, SaeParts};
 
 /// The name of the configuration.
@@ -54,6 +55,8 @@ pub fn read(config: &[u8], weights: &[u8]) -> Result<(Sae, SaeMetadata), FormatE
         w_dec: file.exact("W_D", &[n, d])?,
         b_dec: if file.has("b_D") { file.exact("b_D", &[d])? } else { vec![0.0; d] },
         activation: Activation::Relu,
+        w_skip: None,
+        rows: RowScaling::None,
     };
     let gated_by_norm = match cfg.get("sparsity_include_decoder_norm") {
         None => true,
@@ -152,6 +155,8 @@ fn fold_scale(parts: &mut SaeParts, s_in: f64, s_out: f64) {
 /// # Errors
 /// If input and output differ in width, which the format cannot say.
 pub fn write(sae: &Sae, metadata: &SaeMetadata) -> Result<(Vec<u8>, Vec<u8>), FormatError> {
+    fold::refuse_skip(CONFIG, sae)?;
+    fold::refuse_scaled_rows(CONFIG, sae)?;
     let dims = sae.dims();
     let (d, n) = (dims.d_in, dims.n_latents);
     if dims.d_out != d {
@@ -217,8 +222,18 @@ mod tests {
         let wave = |n: usize, phase: f32| (0..n).map(|i| (i as f32 * 0.7 + phase).sin()).collect::<Vec<_>>();
         let (w_enc, b_enc, w_dec) = (wave(15, 0.1), wave(5, 0.2), wave(15, 0.3));
         let activation = Activation::JumpRelu { threshold: vec![0.5, 0.0, 1.0, 2.0, 0.25] };
-        Sae::new(SaeParts { d_in: 3, d_out: 3, w_enc, b_enc, w_dec, b_dec: wave(3, 0.4), activation })
-            .unwrap()
+        Sae::new(SaeParts {
+            d_in: 3,
+            d_out: 3,
+            w_enc,
+            b_enc,
+            w_dec,
+            b_dec: wave(3, 0.4),
+            activation,
+            w_skip: None,
+            rows: RowScaling::None,
+        })
+        .unwrap()
     }
 
     #[test]

@@ -10,6 +10,7 @@ use super::saelens_config::{self, Architecture, Config};
 use super::fold;
 pub use super::saelens_config::CONFIG;
 use super::tensors::{TensorFile, serialize, transpose};
+use crate::row_scaling::RowScaling;
 use crate::sae::{Activation, Sae, SaeParts};
 
 /// The name of the weight file.
@@ -89,6 +90,8 @@ fn dense_parts(file: &TensorFile<'_>, config: &Config) -> Result<SaeParts, Forma
         w_dec,
         b_dec: file.exact("b_dec", &[d_out])?,
         activation: Activation::Relu,
+        w_skip: None,
+        rows: RowScaling::None,
     })
 }
 
@@ -123,6 +126,8 @@ fn scale_decoder(file: &TensorFile<'_>, parts: &mut SaeParts, n: usize) -> Resul
 /// # Errors
 /// If SAELens has no such architecture (a top-k transcoder).
 pub fn write(sae: &Sae, metadata: &SaeMetadata) -> Result<Folder, FormatError> {
+    fold::refuse_skip(CONFIG, sae)?;
+    fold::refuse_scaled_rows(CONFIG, sae)?;
     let dims = sae.dims();
     let (d_in, d_out, n) = (dims.d_in, dims.d_out, dims.n_latents);
     let config = saelens_config::write(dims, sae.activation(), metadata)?;
@@ -168,6 +173,8 @@ mod tests {
             w_dec: wave(5 * d_out, 0.3),
             b_dec: wave(d_out, 0.4),
             activation,
+            w_skip: None,
+            rows: RowScaling::None,
         })
         .unwrap()
     }

@@ -9,6 +9,7 @@ use super::error::FormatError;
 use super::fold;
 use super::metadata::SaeMetadata;
 use super::tensors::{TensorFile, serialize};
+use crate::row_scaling::RowScaling;
 use crate::sae::{Activation, Sae, SaeParts};
 use crate::tap::{Site, TapPoint};
 
@@ -60,6 +61,8 @@ pub fn read(config: &[u8], weights: &[u8], hookpoint: &str) -> Result<(Sae, SaeM
         w_dec: file.exact("W_dec", &[n, d])?,
         b_dec: file.exact("b_dec", &[d])?,
         activation: Activation::TopK { k },
+        w_skip: None,
+        rows: RowScaling::None,
     };
     if !transcode {
         fold::pre_encoder_bias(&mut parts);
@@ -93,6 +96,8 @@ fn tap(hookpoint: &str, transcode: bool) -> Option<TapPoint> {
 /// # Errors
 /// If the autoencoder is not top-k or its widths differ, which the format cannot say.
 pub fn write(sae: &Sae, metadata: &SaeMetadata) -> Result<(Vec<u8>, Vec<u8>), FormatError> {
+    fold::refuse_skip(CONFIG, sae)?;
+    fold::refuse_scaled_rows(CONFIG, sae)?;
     let dims = sae.dims();
     let (d, n) = (dims.d_in, dims.n_latents);
     let k = match sae.activation() {
@@ -148,8 +153,18 @@ mod tests {
     fn sae(activation: Activation) -> Sae {
         let wave = |n: usize, phase: f32| (0..n).map(|i| (i as f32 * 0.7 + phase).sin()).collect::<Vec<_>>();
         let (w_enc, b_enc, w_dec) = (wave(15, 0.1), wave(5, 0.2), wave(15, 0.3));
-        Sae::new(SaeParts { d_in: 3, d_out: 3, w_enc, b_enc, w_dec, b_dec: wave(3, 0.4), activation })
-            .unwrap()
+        Sae::new(SaeParts {
+            d_in: 3,
+            d_out: 3,
+            w_enc,
+            b_enc,
+            w_dec,
+            b_dec: wave(3, 0.4),
+            activation,
+            w_skip: None,
+            rows: RowScaling::None,
+        })
+        .unwrap()
     }
 
     #[test]

@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 use super::error::{PackError, check};
 use super::{FORMAT, MANIFEST, MAX_LATENTS, MAX_WIDTH, VERSION};
 use crate::metrics::Log10Histogram;
+use crate::row_scaling::RowScaling;
 use crate::tap::Site;
 
 /// Most latents a feature shard may hold.
@@ -73,6 +74,9 @@ pub struct SaeInfo {
     pub n_latents: usize,
     /// Its nonlinearity.
     pub activation: ActivationKind,
+    /// How each vector is scaled before it is encoded; absent where it is not.
+    #[serde(default, skip_serializing_if = "RowScaling::is_none")]
+    pub rows: RowScaling,
 }
 
 /// Which nonlinearity turns pre-activations into latents; thresholds are in the encoder file.
@@ -226,7 +230,7 @@ impl Manifest {
             && super::is_safe_path(&self.name)
             && self.name.bytes().all(|b| b != b'/' && !b.is_ascii_uppercase());
         is(slug, "name", "lower-case letters, digits, - _ .".to_owned(), &self.name)?;
-        let SaeInfo { d_in, n_latents, layer, activation, .. } = self.sae;
+        let SaeInfo { d_in, n_latents, layer, activation, rows, .. } = self.sae;
         is((1..=MAX_WIDTH).contains(&d_in), "sae.d_in", format!("1 to {MAX_WIDTH}"), &d_in)?;
         is(
             (1..=MAX_LATENTS).contains(&n_latents),
@@ -242,6 +246,14 @@ impl Manifest {
         )?;
         if let ActivationKind::TopK { k } = activation {
             is((1..=n_latents).contains(&k), "sae.activation.k", format!("1 to {n_latents}"), &k)?;
+        }
+        if let RowScaling::Standardise { eps } = rows {
+            is(
+                eps.is_finite() && eps >= 0.0,
+                "sae.rows.eps",
+                "a finite number of at least 0".to_owned(),
+                &eps,
+            )?;
         }
         let per_shard = self.latents_per_shard;
         let wanted = format!("1 to {MAX_LATENTS_PER_SHARD}");
@@ -319,6 +331,7 @@ pub(super) mod tests {
                 d_in: 4,
                 n_latents: 20,
                 activation: ActivationKind::TopK { k: 3 },
+                rows: RowScaling::None,
             },
             corpus: CorpusInfo { name: "words".to_owned(), n_tokens: 100, sequence_length: 10 },
             metrics: Some(Metrics { l0: Some(3.0), ..Metrics::default() }),
@@ -337,6 +350,12 @@ pub(super) mod tests {
     fn round_trip() {
         let manifest = manifest();
         assert_eq!(Manifest::read(&manifest.write().unwrap()).unwrap(), manifest);
+        assert!(!String::from_utf8(manifest.write().unwrap()).unwrap().contains("rows"));
+        for rows in [RowScaling::LAYER_NORM, RowScaling::Norm] {
+            let mut scaled = manifest.clone();
+            scaled.sae.rows = rows;
+            assert_eq!(Manifest::read(&scaled.write().unwrap()).unwrap(), scaled);
+        }
         assert_eq!((manifest.shard_range(2), manifest.shard_range(9)), (16..20, 20..20));
         assert_eq!(manifest.locate(17), (2, 1));
     }
@@ -344,7 +363,7 @@ pub(super) mod tests {
     #[test]
     fn each_rule_is_enforced() {
         type Breaks = fn(&mut Manifest);
-        let broken: [(&str, Breaks); 14] = [
+        let broken: [(&str, Breaks); 15] = [
             ("format", |m| m.format = "other".to_owned()),
             ("version", |m| m.version = 2),
             ("name", |m| m.name = "../up".to_owned()),
@@ -353,6 +372,7 @@ pub(super) mod tests {
             ("n_latents", |m| m.sae.n_latents = usize::MAX),
             ("layer", |m| m.sae.layer = 2),
             ("activation.k", |m| m.sae.activation = ActivationKind::TopK { k: 21 }),
+            ("rows.eps", |m| m.sae.rows = RowScaling::Standardise { eps: -1.0 }),
             ("latents_per_shard", |m| m.latents_per_shard = 0),
             ("n_shards", |m| m.n_shards = 4),
             ("density_histogram", |m| m.density_histogram.counts[0] = u64::MAX),

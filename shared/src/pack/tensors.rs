@@ -60,6 +60,11 @@ impl<'a> Reader<'a> {
         Ok(Self { file, tensors })
     }
 
+    /// Whether `name`, one of the tensors asked for, is there.
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.tensors.tensor(name).is_ok()
+    }
+
     /// The shape of `name`.
     pub(super) fn shape(&self, name: &str) -> Result<Vec<usize>, PackError> {
         Ok(self.view(name)?.shape().to_vec())

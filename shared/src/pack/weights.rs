@@ -25,6 +25,8 @@ pub struct Decoder {
     pub w_dec: Vec<f32>,
     /// Decoder bias `[d_out]`.
     pub b_dec: Vec<f32>,
+    /// The skip connection `[d_out, d_in]`, where there is one.
+    pub w_skip: Option<Vec<f32>>,
 }
 
 impl ActivationKind {
@@ -91,7 +93,7 @@ impl Encoder {
     /// # Errors
     /// If the halves do not fit each other.
     pub fn join(self, decoder: Decoder, info: &SaeInfo) -> Result<Sae, PackError> {
-        self.build(decoder.w_dec, decoder.b_dec, info)
+        self.build(decoder, info)
     }
 
     /// An autoencoder that can only encode: its decoder is one column of zeros.
@@ -100,18 +102,19 @@ impl Encoder {
     /// If lengths do not fit.
     pub fn without_decoder(self, info: &SaeInfo) -> Result<Sae, PackError> {
         let n = self.b_enc.len();
-        self.build(vec![0.0; n], vec![0.0], info)
+        self.build(Decoder { w_dec: vec![0.0; n], b_dec: vec![0.0], w_skip: None }, info)
     }
 
-    fn build(self, w_dec: Vec<f32>, b_dec: Vec<f32>, info: &SaeInfo) -> Result<Sae, PackError> {
+    fn build(self, decoder: Decoder, info: &SaeInfo) -> Result<Sae, PackError> {
         let activation = match info.activation {
             ActivationKind::JumpRelu => Activation::JumpRelu { threshold: self.threshold },
             ActivationKind::Relu => Activation::Relu,
             ActivationKind::TopK { k } => Activation::TopK { k },
         };
         let (w_enc, b_enc) = (self.w_enc, self.b_enc);
-        let parts = SaeParts { d_in: info.d_in, d_out: b_dec.len(), w_enc, b_enc, w_dec, b_dec, activation };
-        Ok(Sae::new(parts)?)
+        let Decoder { w_dec, b_dec, w_skip } = decoder;
+        let (d_in, d_out, rows) = (info.d_in, b_dec.len(), info.rows);
+        Ok(Sae::new(SaeParts { d_in, d_out, w_enc, b_enc, w_dec, b_dec, activation, w_skip, rows })?)
     }
 }
 
@@ -119,7 +122,8 @@ impl Decoder {
     /// The decoding half of `sae`.
     #[must_use]
     pub fn of(sae: &Sae) -> Self {
-        Self { w_dec: sae.w_dec().to_vec(), b_dec: sae.b_dec().to_vec() }
+        let w_skip = sae.w_skip().map(<[f32]>::to_vec);
+        Self { w_dec: sae.w_dec().to_vec(), b_dec: sae.b_dec().to_vec(), w_skip }
     }
 
     /// Reads `decoder.safetensors` of an autoencoder with these sizes.
@@ -127,7 +131,7 @@ impl Decoder {
     /// # Errors
     /// If tensors are missing, stray, of other shapes or types, or not finite.
     pub fn read(info: &SaeInfo, bytes: &[u8]) -> Result<Self, PackError> {
-        let reader = Reader::new(DECODER, bytes, &["w_dec", "b_dec"])?;
+        let reader = Reader::new(DECODER, bytes, &["w_dec", "b_dec", "w_skip"])?;
         let shape = reader.shape("b_dec")?;
         let d_out = match shape[..] {
             [d_out] if (1..=MAX_WIDTH).contains(&d_out) => d_out,
@@ -136,6 +140,7 @@ impl Decoder {
         Ok(Self {
             w_dec: reader.values("w_dec", &[info.n_latents, d_out])?,
             b_dec: reader.values("b_dec", &[d_out])?,
+            w_skip: reader.has("w_skip").then(|| reader.values("w_skip", &[d_out, info.d_in])).transpose()?,
         })
     }
 
@@ -148,6 +153,9 @@ impl Decoder {
         let mut writer = Writer::new(DECODER);
         writer.add("w_dec", &[self.w_dec.len() / d_out.max(1), d_out], self.w_dec.iter().copied())?;
         writer.add("b_dec", &[d_out], self.b_dec.iter().copied())?;
+        if let Some(w_skip) = &self.w_skip {
+            writer.add("w_skip", &[d_out, w_skip.len() / d_out.max(1)], w_skip.iter().copied())?;
+        }
         writer.finish()
     }
 }
@@ -155,6 +163,7 @@ impl Decoder {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::row_scaling::RowScaling;
     use crate::tap::Site;
 
     fn sae() -> Sae {
@@ -166,12 +175,21 @@ mod tests {
             w_dec: (0u8..9).map(f32::from).collect(),
             b_dec: vec![1.0, 2.0, 3.0],
             activation: Activation::JumpRelu { threshold: vec![0.5, 0.25, 0.0] },
+            w_skip: None,
+            rows: RowScaling::None,
         })
         .unwrap()
     }
 
     fn info() -> SaeInfo {
-        SaeInfo { site: Site::Resid, layer: 0, d_in: 2, n_latents: 3, activation: ActivationKind::JumpRelu }
+        SaeInfo {
+            site: Site::Resid,
+            layer: 0,
+            d_in: 2,
+            n_latents: 3,
+            activation: ActivationKind::JumpRelu,
+            rows: RowScaling::None,
+        }
     }
 
     #[test]
@@ -181,6 +199,18 @@ mod tests {
         assert_eq!(encoder.clone().join(decoder, &info()).unwrap(), sae());
         let encodes = encoder.without_decoder(&info()).unwrap();
         assert_eq!((encodes.w_enc(), encodes.activation()), (sae().w_enc(), sae().activation()));
+    }
+
+    #[test]
+    fn a_skip_connection_and_scaled_rows_come_back() {
+        let info = SaeInfo { rows: RowScaling::LAYER_NORM, ..info() };
+        let w_skip = Some(vec![0.5, -1.0, 0.25, 2.0, 0.0, 1.0]);
+        let sae = Sae::new(SaeParts { w_skip, rows: info.rows, ..sae().into_parts() }).unwrap();
+        let encoder = Encoder::read(&info, &Encoder::of(&sae).write().unwrap()).unwrap();
+        let bytes = Decoder::of(&sae).write().unwrap();
+        assert_eq!(encoder.clone().without_decoder(&info).unwrap().rows(), info.rows);
+        assert_eq!(encoder.join(Decoder::read(&info, &bytes).unwrap(), &info).unwrap(), sae);
+        assert!(Decoder::read(&SaeInfo { d_in: 3, ..info }, &bytes).is_err());
     }
 
     #[test]

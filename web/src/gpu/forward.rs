@@ -1,13 +1,16 @@
 //! [`Forward`] on a graphics device, with exactly the reference's active set.
 //!
 //! The device screens: it keeps every (row, latent) that can be active within the f32 error bound of
-//! [`shared::certify`]. The host sorts what is kept and settles the few inside the bound in f64.
+//! [`shared::certify`]. The host sorts what is kept and settles the few inside the bound in f64. It also scales rows
+//! where a dictionary asks for that, and undoes it in what it hands to the device. A skip connection is decoded like
+//! further latents: input `j` is one, with column `j` of `W_skip` for a direction and `x_j` for a value.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable, cast_slice};
 use shared::certify::{self, Margins};
+use shared::row_scaling::Undo;
 use shared::{Activation, Codes, CodesBuilder, Dims, Forward, Rows, Sae, ShapeError};
 
 use super::device::{Gpu, GpuError};
@@ -38,8 +41,14 @@ impl Default for Blocks {
 struct Block {
     latents: Range<usize>,
     w_enc: wgpu::Buffer,
-    w_dec: wgpu::Buffer,
     constants: wgpu::Buffer,
+}
+
+/// Some directions on the device: of latents, and behind the last latent the columns of a skip connection.
+#[derive(Debug)]
+struct Directions {
+    latents: Range<usize>,
+    rows: wgpu::Buffer,
 }
 
 /// A dictionary on a graphics device.
@@ -50,6 +59,7 @@ pub struct GpuBackend {
     sae: Arc<Sae>,
     margins: Margins,
     blocks: Vec<Block>,
+    directions: Vec<Directions>,
     cut: Blocks,
 }
 
@@ -73,7 +83,17 @@ impl GpuBackend {
             let latents = first..n_latents.min(first + per_block);
             blocks.push(gpu.checked(|| Ok(upload_block(&gpu, &sae, &margins, latents))).await?);
         }
-        Ok(Self { gpu, pipelines, sae, margins, blocks, cut })
+        let columns = sae.w_skip().map(|w_skip| columns(w_skip, d_in)).unwrap_or_default();
+        let mut directions = Vec::new();
+        for (first, rows) in [(0, sae.w_dec()), (n_latents, &columns[..])] {
+            for (i, rows) in rows.chunks(per_block * d_out).enumerate() {
+                let first = first + i * per_block;
+                let latents = first..first + rows.len() / d_out;
+                let rows = gpu.checked(|| Ok(upload_rows(&gpu, "directions", rows, d_out))).await?;
+                directions.push(Directions { latents, rows });
+            }
+        }
+        Ok(Self { gpu, pipelines, sae, margins, blocks, directions, cut })
     }
 
     /// The device in use.
@@ -189,25 +209,36 @@ impl GpuBackend {
         Ok(())
     }
 
-    /// Records and submits the decoding of rows `rows` of `codes`.
-    fn submit_decode(&self, codes: &Codes, rows: Range<usize>) -> Result<wgpu::Buffer, GpuError> {
+    /// Records and submits the decoding of rows `rows` of `x` and `codes`.
+    fn submit_decode(
+        &self,
+        x: Rows<'_>,
+        codes: &Codes,
+        rows: Range<usize>,
+    ) -> Result<wgpu::Buffer, GpuError> {
         let gpu = &self.gpu;
-        let d_out = self.sae.dims().d_out;
+        let Dims { d_out, n_latents, .. } = self.sae.dims();
         let width = vec4s(d_out);
-        let mut entries = Vec::new();
+        let (mut entries, mut bias) = (Vec::new(), Vec::with_capacity(rows.len() * d_out));
         let mut starts = vec![0];
         for i in rows.clone() {
             let (latents, values) = codes.row(i);
-            entries.extend(latents.iter().zip(values).map(|(&latent, &value)| Entry { latent, value }));
+            let Undo { scale, shift } = self.sae.rows().undo(x.row(i));
+            bias.extend(self.sae.b_dec().iter().map(|&b| to_f32(scale * f64::from(b) + shift)));
+            let scaled = |&value: &f32| to_f32(scale * f64::from(value));
+            entries.extend(latents.iter().zip(values).map(|(&latent, v)| Entry { latent, value: scaled(v) }));
+            if self.sae.w_skip().is_some() {
+                let inputs = (small(n_latents)..).zip(x.row(i));
+                entries.extend(inputs.map(|(latent, &value)| Entry { latent, value }));
+            }
             starts.push(entries.len());
         }
-        let bias = self.sae.b_dec().repeat(rows.len());
         let out = upload_rows(gpu, "out", &bias, d_out);
         let staging = buffer(gpu, "out, to read", out.size(), wgpu::BufferUsages::MAP_READ);
         entries.resize(entries.len().max(1), Entry::zeroed());
         let entries_buffer = upload(gpu, "entries", wgpu::BufferUsages::STORAGE, &entries);
         let groups: Vec<wgpu::BindGroup> = self
-            .blocks
+            .directions
             .iter()
             .map(|block| {
                 let spans: Vec<[u32; 2]> =
@@ -220,7 +251,7 @@ impl GpuBackend {
                     pad0: 0,
                 };
                 let params = upload(gpu, "decode params", wgpu::BufferUsages::UNIFORM, &[params]);
-                bind(gpu, &self.pipelines.decode, &[&params, &spans, &entries_buffer, &block.w_dec, &out])
+                bind(gpu, &self.pipelines.decode, &[&params, &spans, &entries_buffer, &block.rows, &out])
             })
             .collect();
         let mut commands = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
@@ -254,11 +285,9 @@ impl Forward for GpuBackend {
     async fn encode(&self, x: Rows<'_>) -> Result<Codes, GpuError> {
         let Dims { d_in, n_latents, .. } = self.sae.dims();
         x.expect_width("x", d_in)?;
-        if let Some(index) = x.data().iter().position(|v| !v.is_finite()) {
-            // A NaN means nothing in WGSL, where an implementation may assume there is none.
-            let value = x.data()[index].to_string();
-            return Err(ShapeError::Value { name: "x", index, value, expected: "a finite number" }.into());
-        }
+        check_finite(x)?;
+        let scaled = self.sae.rows().scaled(x);
+        let x = Rows::new(&scaled, d_in)?;
         let mut builder = CodesBuilder::new(n_latents);
         // Even when every latent is a hit, a chunk's list must fit one binding.
         let limit = self.gpu.binding_limit() as usize;
@@ -273,17 +302,18 @@ impl Forward for GpuBackend {
         Ok(builder.finish())
     }
 
-    async fn decode(&self, codes: &Codes) -> Result<Vec<f32>, GpuError> {
-        let Dims { d_out, n_latents, .. } = self.sae.dims();
-        if codes.n_latents() != n_latents {
-            let found = codes.n_latents();
-            return Err(ShapeError::Width { name: "codes", expected: n_latents, found }.into());
-        }
-        let chunk = self.rows_per_dispatch(d_out);
+    async fn decode(&self, x: Rows<'_>, codes: &Codes) -> Result<Vec<f32>, GpuError> {
+        self.sae.check_decode(x, codes)?;
+        check_finite(x)?;
+        let Dims { d_in, d_out, n_latents } = self.sae.dims();
+        // Even when every latent is active, a chunk's entries must fit one binding.
+        let limit = self.gpu.binding_limit() as usize;
+        let all_fit = (limit / size_of::<Entry>() / (n_latents + d_in)).max(1);
+        let chunk = self.rows_per_dispatch(d_out).min(all_fit);
         let mut out = Vec::with_capacity(codes.n_rows() * d_out);
         for first in (0..codes.n_rows()).step_by(chunk) {
             let rows = first..codes.n_rows().min(first + chunk);
-            let staging = self.gpu.checked(|| self.submit_decode(codes, rows)).await?;
+            let staging = self.gpu.checked(|| self.submit_decode(x, codes, rows)).await?;
             let bytes = self.gpu.read(&staging).await?;
             for row in bytes.chunks_exact(16 * vec4s(d_out)) {
                 out.extend(row.chunks_exact(4).take(d_out).map(bytemuck::pod_read_unaligned::<f32>));
@@ -303,6 +333,24 @@ fn small(n: usize) -> u32 {
     u32::try_from(n).unwrap_or(u32::MAX)
 }
 
+fn to_f32(value: f64) -> f32 {
+    #[expect(clippy::cast_possible_truncation, reason = "the device computes in f32")]
+    let value = value as f32;
+    value
+}
+
+/// The columns of a matrix whose rows have `width` values, one after the other.
+fn columns(matrix: &[f32], width: usize) -> Vec<f32> {
+    (0..width).flat_map(|column| matrix.iter().skip(column).step_by(width).copied()).collect()
+}
+
+/// A NaN means nothing in WGSL, where an implementation may assume there is none.
+fn check_finite(x: Rows<'_>) -> Result<(), ShapeError> {
+    let Some(index) = x.data().iter().position(|v| !v.is_finite()) else { return Ok(()) };
+    let value = x.data()[index].to_string();
+    Err(ShapeError::Value { name: "x", index, value, expected: "a finite number" })
+}
+
 fn stray(hit: &Hit) -> GpuError {
     GpuError::Refused(format!("it returned latent {} of row {}, outside the batch", hit.latent, hit.row))
 }
@@ -314,7 +362,7 @@ fn span(entries: &[Entry], start: usize, block: &Range<usize>) -> [u32; 2] {
 }
 
 fn upload_block(gpu: &Gpu, sae: &Sae, margins: &Margins, latents: Range<usize>) -> Block {
-    let Dims { d_in, d_out, .. } = sae.dims();
+    let d_in = sae.dims().d_in;
     let constants: Vec<LatentConstants> = latents
         .clone()
         .map(|i| LatentConstants {
@@ -326,7 +374,6 @@ fn upload_block(gpu: &Gpu, sae: &Sae, margins: &Margins, latents: Range<usize>) 
         .collect();
     Block {
         w_enc: upload_rows(gpu, "w_enc", &sae.w_enc()[latents.start * d_in..latents.end * d_in], d_in),
-        w_dec: upload_rows(gpu, "w_dec", &sae.w_dec()[latents.start * d_out..latents.end * d_out], d_out),
         constants: upload(gpu, "latents", wgpu::BufferUsages::STORAGE, &constants),
         latents,
     }

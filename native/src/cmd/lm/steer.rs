@@ -76,7 +76,7 @@ mod tests {
     use crate::model;
     use crate::sae_files::{SaeFile, SaeFormat};
     use shared::format::SaeMetadata;
-    use shared::{Activation, Sae, SaeParts};
+    use shared::{Activation, RowScaling, Sae, SaeParts};
     use std::path::Path;
 
     fn sae(d: usize, tap: Option<&str>) -> SaeFile {
@@ -88,6 +88,8 @@ mod tests {
             w_dec: (0..2 * d).map(|i| i as f32).collect(),
             b_dec: vec![0.0; d],
             activation: Activation::JumpRelu { threshold: vec![1.0; 2] },
+            w_skip: None,
+            rows: RowScaling::None,
         };
         let metadata = SaeMetadata { tap: tap.map(|t| t.parse().unwrap()), ..SaeMetadata::default() };
         SaeFile { sae: Sae::new(parts).unwrap(), metadata }
