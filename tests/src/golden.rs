@@ -55,7 +55,7 @@ macro_rules! saelens_folder {
 }
 
 /// Every folder SAELens wrote.
-pub const SAELENS: [SaeLensFolder; 11] = [
+pub const SAELENS: [SaeLensFolder; 15] = [
     saelens_folder!("standard"),
     saelens_folder!("standard_flat"),
     saelens_folder!("jumprelu"),
@@ -67,6 +67,10 @@ pub const SAELENS: [SaeLensFolder; 11] = [
     saelens_folder!("transcoder"),
     saelens_folder!("jumprelu_transcoder"),
     saelens_folder!("scaled_input"),
+    saelens_folder!("skip_transcoder"),
+    saelens_folder!("jumprelu_skip_transcoder"),
+    saelens_folder!("layer_norm"),
+    saelens_folder!("constant_norm"),
 ];
 
 /// The goldens of the f64 NumPy script; in each, one row sits exactly on a decision.

@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use shared::certify::norm;
-use shared::{Activation, Sae};
+use shared::{Activation, RowScaling, Sae};
 
 use crate::model;
 use crate::progress;
@@ -131,6 +131,11 @@ fn sae_summary(file: &SaeFile) -> Value {
         Activation::Relu => ("relu".to_owned(), Value::Null),
         Activation::TopK { k } => (format!("top-k, k = {k}"), Value::Null),
     };
+    let rows = match sae.rows() {
+        RowScaling::None => Value::Null,
+        RowScaling::Standardise { eps } => format!("each standardised on its own, ε = {eps}").into(),
+        RowScaling::Norm => "each scaled to a norm of √d".into(),
+    };
     let cosine = |i: usize| {
         let (e, d) = (sae.encoder_row(i), sae.decoder_direction(i));
         #[expect(clippy::cast_possible_truncation, reason = "a summary")]
@@ -144,6 +149,8 @@ fn sae_summary(file: &SaeFile) -> Value {
         "d_out": dims.d_out,
         "n_latents": n,
         "activation": activation,
+        "rows": rows,
+        "skip_norm": sae.w_skip().map(norm),
         "threshold": threshold,
         "encoder_norm": quantiles((0..n).map(|i| norm(sae.encoder_row(i))).collect()),
         "decoder_norm": quantiles((0..n).map(|i| norm(sae.decoder_direction(i))).collect()),
@@ -199,8 +206,8 @@ fn short(value: &Value) -> String {
 
 #[cfg(test)]
 mod tests {
+    use shared::SaeParts;
     use shared::format::SaeMetadata;
-    use shared::{RowScaling, SaeParts};
 
     use super::*;
     use crate::sae_files::SaeFormat;
@@ -228,6 +235,13 @@ mod tests {
         assert!(close(&value["threshold"]["median"], 0.2) && close(&value["encoder_norm"]["max"], 5.0));
         assert!(close(&value["b_dec_norm"], 2.0));
         assert!(text.contains("jumprelu") && text.contains("median 0.2000"), "{text}");
+        assert!(value["rows"].is_null() && value["skip_norm"].is_null() && !text.contains("rows"), "{text}");
+        let parts = SaeParts { rows: RowScaling::LAYER_NORM, ..file.sae.into_parts() };
+        let file = SaeFile { sae: Sae::new(parts).unwrap(), metadata: SaeMetadata::default() };
+        assert!(lines("x", &sae_summary(&file)).contains("each standardised on its own, ε = 0.00001"));
+        let parts = SaeParts { w_skip: Some(vec![3.0, 0.0, 0.0, 4.0]), ..file.sae.into_parts() };
+        let file = SaeFile { sae: Sae::new(parts).unwrap(), metadata: SaeMetadata::default() };
+        assert!(close(&sae_summary(&file)["skip_norm"], 5.0));
 
         let nothing = format!("{:#}", describe(folder.path()).unwrap_err());
         assert!(nothing.contains("is nothing known"), "{nothing}");

@@ -2,7 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use shared::format::{dictionary_learning, gemma_scope, mlsae, openai, openmoss, saelens, sparsify};
+use shared::format::{
+    dictionary_learning, gemma_scope, gemma_scope_2, mlsae, openai, openmoss, saelens, sparsify,
+};
 
 /// What would have been accepted, for messages.
 pub(super) const WANTED: &str = "cfg.json with sae_weights.safetensors, params.npz, params.safetensors, ae.pt, \
@@ -52,7 +54,7 @@ fn in_folder(path: &Path) -> Found {
     if let Some(npz) = within(gemma_scope::PARAMS) {
         return Found::Npz(npz);
     }
-    if let Some(params) = within(gemma_scope::PARAMS_2) {
+    if let Some(params) = within(gemma_scope_2::PARAMS) {
         return Found::Params2(params);
     }
     let torch = within(dictionary_learning::WEIGHTS).or_else(|| within(openai::WEIGHTS));

@@ -12,7 +12,8 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use shared::Sae;
 use shared::format::{
-    FormatError, SaeMetadata, dictionary_learning, gemma_scope, mlsae, openai, openmoss, saelens, sparsify,
+    FormatError, SaeMetadata, dictionary_learning, gemma_scope, gemma_scope_2, mlsae, openai, openmoss,
+    saelens, sparsify,
 };
 
 use crate::files;
@@ -37,6 +38,9 @@ pub enum SaeFormat {
     SaeLens,
     /// A Gemma Scope `params.npz`, alone in a folder or as a file.
     GemmaScope,
+    /// A Gemma Scope 2 folder: `config.json` and `params.safetensors`.
+    #[value(name = "gemma-scope-2")]
+    GemmaScope2,
     /// A dictionary_learning folder: `ae.pt` and `config.json`.
     DictionaryLearning,
     /// A file of OpenAI's sparse_autoencoder (ReLU only).
@@ -47,17 +51,21 @@ pub enum SaeFormat {
     /// A Llamascopium folder of OpenMOSS: `config.json` and `sae_weights.safetensors`.
     #[value(name = "openmoss")]
     OpenMoss,
+    /// An mlsae folder: `config.json` and `model.safetensors` (top-k only).
+    Mlsae,
 }
 
 impl SaeFormat {
     /// Every format.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 8] = [
         Self::SaeLens,
         Self::GemmaScope,
+        Self::GemmaScope2,
         Self::DictionaryLearning,
         Self::OpenAi,
         Self::Sparsify,
         Self::OpenMoss,
+        Self::Mlsae,
     ];
 }
 
@@ -96,10 +104,13 @@ fn read_local(path: &Path) -> Result<SaeFile> {
         }
         Found::Npz(npz) => gemma_scope::read(open(&npz)?).with_context(wrong).map(only),
         Found::Params2(params) => {
-            // Without a configuration only the format that leaves nothing to guess can be read.
-            gemma_scope::read_safetensors(&bytes(&params)?)
+            // Without a configuration of its own only the format that leaves nothing to guess can be read.
+            let config = params.with_file_name(gemma_scope_2::CONFIG);
+            let its_own = params.file_name().is_some_and(|name| name == gemma_scope_2::PARAMS);
+            let config = if its_own && config.is_file() { Some(bytes(&config)?) } else { None };
+            gemma_scope_2::read(config.as_deref(), &bytes(&params)?)
                 .with_context(|| format!("{} (read without a cfg.json beside it)", wrong()))
-                .map(only)
+                .map(both)
         }
         Found::Torch(weights) => {
             if openai::is_openai(open(&weights)?) {
@@ -152,6 +163,11 @@ pub fn write(path: &Path, format: SaeFormat, file: &SaeFile) -> Result<()> {
         SaeFormat::GemmaScope => {
             single(path, "npz", gemma_scope::PARAMS, |target| gemma_scope::write(&file.sae, target))
         }
+        SaeFormat::GemmaScope2 => {
+            let (config, params) = gemma_scope_2::write(&file.sae, &file.metadata)?;
+            files::write_bytes(&path.join(gemma_scope_2::PARAMS), &params)?;
+            files::write_bytes(&path.join(gemma_scope_2::CONFIG), &config)
+        }
         SaeFormat::DictionaryLearning => {
             let mut weights = Cursor::new(Vec::new());
             let config = dictionary_learning::write(&file.sae, &file.metadata, &mut weights)?;
@@ -167,6 +183,11 @@ pub fn write(path: &Path, format: SaeFormat, file: &SaeFile) -> Result<()> {
             let (config, weights) = openmoss::write(&file.sae, &file.metadata)?;
             files::write_bytes(&path.join(openmoss::WEIGHTS), &weights)?;
             files::write_bytes(&path.join(openmoss::CONFIG), &config)
+        }
+        SaeFormat::Mlsae => {
+            let (config, weights) = mlsae::write(&file.sae, &file.metadata)?;
+            files::write_bytes(&path.join(mlsae::WEIGHTS), &weights)?;
+            files::write_bytes(&path.join(mlsae::CONFIG), &config)
         }
         SaeFormat::OpenAi => single(path, "pt", openai::WEIGHTS, |target| openai::write(&file.sae, target)),
     }

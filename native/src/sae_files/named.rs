@@ -8,7 +8,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Result, bail, ensure};
-use shared::format::{SaeMetadata, dictionary_learning, gemma_scope, mlsae, openmoss, saelens, sparsify};
+use shared::format::{
+    SaeMetadata, dictionary_learning, gemma_scope, gemma_scope_2, mlsae, openmoss, saelens, sparsify,
+};
 use shared::{Site, TapPoint};
 
 use crate::hub::{Kind, Repo, RepoId, Settings};
@@ -18,7 +20,7 @@ const CANONICAL_L0: u64 = 100;
 /// Files of an autoencoder; the first ones are weights.
 const FILES: [&str; 8] = [
     gemma_scope::PARAMS,
-    gemma_scope::PARAMS_2,
+    gemma_scope_2::PARAMS,
     saelens::WEIGHTS,
     dictionary_learning::WEIGHTS,
     sparsify::WEIGHTS,

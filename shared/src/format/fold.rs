@@ -64,6 +64,20 @@ pub(super) fn threshold(mut raw: Vec<f32>) -> Activation {
     Activation::JumpRelu { threshold: raw }
 }
 
+/// For writers of formats with a threshold for each latent: those of a ReLU are zero.
+pub(super) fn thresholds(part: &str, sae: &Sae) -> Result<Vec<f32>, FormatError> {
+    match sae.activation() {
+        Activation::JumpRelu { threshold } => Ok(threshold.clone()),
+        Activation::Relu => Ok(vec![0.0; sae.dims().n_latents]),
+        Activation::TopK { k } => Err(FormatError::field(
+            part,
+            "threshold",
+            "a threshold per latent",
+            format!("top-k with k = {k}"),
+        )),
+    }
+}
+
 /// For writers of formats without skip connections.
 pub(super) fn refuse_skip(part: &str, sae: &Sae) -> Result<(), FormatError> {
     match sae.w_skip() {
@@ -72,14 +86,23 @@ pub(super) fn refuse_skip(part: &str, sae: &Sae) -> Result<(), FormatError> {
     }
 }
 
-/// For writers of formats that read every vector as it is.
-pub(super) fn refuse_scaled_rows(part: &str, sae: &Sae) -> Result<(), FormatError> {
-    let found = match sae.rows() {
-        RowScaling::None => return Ok(()),
-        RowScaling::Standardise { eps } => format!("each standardised on its own (ε = {eps})"),
+/// For writers of formats that scale vectors in no way but the `known` ones.
+pub(super) fn refuse_rows_but(part: &str, sae: &Sae, known: &[RowScaling]) -> Result<(), FormatError> {
+    let describe = |rows: &RowScaling| match rows {
+        RowScaling::None => "as they are".to_owned(),
+        RowScaling::Standardise { eps } => format!("each standardised on its own with ε = {eps}"),
         RowScaling::Norm => "each scaled to a norm of √d".to_owned(),
     };
-    Err(FormatError::field(part, "vectors", "read as they are, as the format has nothing else", found))
+    if known.contains(&sae.rows()) {
+        return Ok(());
+    }
+    let wanted = known.iter().map(describe).collect::<Vec<_>>().join(", or ");
+    Err(FormatError::field(part, "vectors", format!("read {wanted}"), describe(&sae.rows())))
+}
+
+/// For writers of formats that read every vector as it is.
+pub(super) fn refuse_scaled_rows(part: &str, sae: &Sae) -> Result<(), FormatError> {
+    refuse_rows_but(part, sae, &[RowScaling::None])
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "weights are held in f32")]

@@ -1,7 +1,6 @@
-//! Gemma Scope: `params.npz` (five arrays in a zip) and the `params.safetensors` of its second edition.
+//! Gemma Scope: `params.npz`, five arrays in a zip.
 //!
-//! Stored are `W_enc [d_in, n]`, `W_dec [n, d_out]`, `b_enc [n]`, `b_dec [d_out]`, `threshold [n]`; the second edition
-//! writes the weights in lower case. Inputs are raw and nothing is subtracted from them (arXiv 2408.05147, appendix).
+//! Stored are `W_enc [d_in, n]`, `W_dec [n, d_out]`, `b_enc [n]`, `b_dec [d_out]`, `threshold [n]`. Inputs are raw and nothing is subtracted from them (arXiv 2408.05147, appendix).
 
 use std::collections::BTreeMap;
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -12,14 +11,12 @@ use zip::{CompressionMethod, ZipArchive, ZipWriter};
 use super::error::FormatError;
 use super::fold;
 use super::npy::{self, Header};
-use super::tensors::{TensorFile, transpose};
+use super::tensors::transpose;
 use crate::row_scaling::RowScaling;
-use crate::sae::{Activation, Sae, SaeParts};
+use crate::sae::{Sae, SaeParts};
 
 /// The name of the archive in messages and on disk.
 pub const PARAMS: &str = "params.npz";
-/// The name of the second edition's file.
-pub const PARAMS_2: &str = "params.safetensors";
 
 /// The arrays an archive must hold; others are ignored.
 const ARRAYS: [&str; 5] = ["w_enc", "w_dec", "b_enc", "b_dec", "threshold"];
@@ -146,18 +143,7 @@ pub fn write(sae: &Sae, target: impl Write + Seek) -> Result<(), FormatError> {
     fold::refuse_skip(PARAMS, sae)?;
     fold::refuse_scaled_rows(PARAMS, sae)?;
     let (d_in, d_out, n) = (sae.dims().d_in, sae.dims().d_out, sae.dims().n_latents);
-    let threshold = match sae.activation() {
-        Activation::JumpRelu { threshold } => threshold.clone(),
-        Activation::Relu => vec![0.0; n],
-        Activation::TopK { k } => {
-            return Err(FormatError::field(
-                PARAMS,
-                "threshold",
-                "a threshold per latent",
-                format!("top-k with k = {k}"),
-            ));
-        }
-    };
+    let threshold = fold::thresholds(PARAMS, sae)?;
     let mut archive = ZipWriter::new(target);
     let mut add = |name: &str, shape: &[usize], values: &[f32]| -> Result<(), FormatError> {
         let header = npy::header(shape);
@@ -181,37 +167,12 @@ pub fn write(sae: &Sae, target: impl Write + Seek) -> Result<(), FormatError> {
     Ok(())
 }
 
-/// Reads the second edition's `params.safetensors`. A file without these lower-case names is another format's.
-///
-/// # Errors
-/// As [`read`]; also when there is an affine skip connection, which cannot be held.
-pub fn read_safetensors(bytes: &[u8]) -> Result<Sae, FormatError> {
-    let file = TensorFile::open(PARAMS_2, bytes)?;
-    if file.has("affine_skip_connection") {
-        return Err(FormatError::field(PARAMS_2, "affine_skip_connection", "no skip connection", "one"));
-    }
-    let (d_in, n, w_enc) = file.matrix("w_enc")?;
-    let (_, d_out, w_dec) = file.matrix("w_dec")?;
-    let parts = SaeParts {
-        d_in,
-        d_out,
-        w_enc: transpose(&w_enc, d_in, n),
-        b_enc: file.exact("b_enc", &[n])?,
-        w_dec,
-        b_dec: file.exact("b_dec", &[d_out])?,
-        activation: fold::threshold(file.exact("threshold", &[n])?),
-        w_skip: None,
-        rows: RowScaling::None,
-    };
-    Sae::new(parts).map_err(|e| FormatError::weights(PARAMS_2, e))
-}
-
 #[cfg(test)]
 mod tests {
     use std::io::Cursor;
 
     use super::*;
-    use crate::format::tensors::serialize;
+    use crate::sae::Activation;
 
     fn sae() -> Sae {
         let wave = |n: usize, phase: f32| (0..n).map(|i| (i as f32 * 0.7 + phase).sin()).collect::<Vec<_>>();
@@ -269,16 +230,6 @@ mod tests {
         for method in [CompressionMethod::Stored, CompressionMethod::Deflated] {
             assert_eq!(read(Cursor::new(zipped(&members(), method))).unwrap(), sae());
         }
-        let turned = transpose(sae().w_enc(), 5, 3);
-        let s = sae();
-        let tensors: [(&str, &[usize], &[f32]); 5] = [
-            ("w_enc", &[3, 5], &turned),
-            ("w_dec", &[5, 4], s.w_dec()),
-            ("b_enc", &[5], s.b_enc()),
-            ("b_dec", &[4], s.b_dec()),
-            ("threshold", &[5], &[0.1, 0.2, 0.3, 0.4, 0.5]),
-        ];
-        assert_eq!(read_safetensors(&serialize(PARAMS_2, &tensors).unwrap()).unwrap(), sae());
     }
 
     #[test]

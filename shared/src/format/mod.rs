@@ -8,6 +8,7 @@ pub mod dictionary_learning;
 mod error;
 mod fold;
 pub mod gemma_scope;
+pub mod gemma_scope_2;
 mod metadata;
 pub mod mlsae;
 mod npy;

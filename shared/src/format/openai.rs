@@ -2,7 +2,7 @@
 //!
 //! `pre_bias [d]`, `encoder.weight [n, d]`, `latent_bias [n]`, `decoder.weight [d, n]` (absent where tied), `activation` by
 //! name. Latents are `σ(encoder (x − pre_bias) + latent_bias)`. Files with the activation TopK standardise every input on its
-//! own before that and undo it afterwards (their loader decides it by the activation's name), which weights cannot express.
+//! own before that and undo it afterwards, and those with ReLU do not: their loader goes by the activation's name.
 
 use std::io::{Read, Seek, Write};
 
@@ -15,6 +15,10 @@ use crate::sae::{Activation, Sae, SaeParts};
 
 /// The file's name in messages.
 pub const WEIGHTS: &str = "autoencoder.pt";
+/// Where the activation's settings are.
+const SETTINGS: &str = "activation_state_dict";
+/// What top-k applies to the values it keeps.
+const AFTER: &str = "postact_fn";
 
 /// Whether a `.pt` file is one of these: it has `pre_bias`. A file that cannot be opened is not.
 #[must_use]
@@ -25,18 +29,20 @@ pub fn is_openai(weights: impl Read + Seek) -> bool {
 /// Reads a file.
 ///
 /// # Errors
-/// If it does not parse, its activation is not the ReLU, tensors disagree or a weight is not finite.
+/// If it does not parse, its activation is neither ReLU nor TopK with it, tensors disagree or a weight is not finite.
 pub fn read(weights: impl Read + Seek) -> Result<Sae, FormatError> {
     let mut file = TorchFile::open(WEIGHTS, weights)?;
-    match file.text("activation") {
-        None | Some("ReLU") => {}
+    let (activation, rows) = match file.text("activation") {
+        None | Some("ReLU") => (Activation::Relu, RowScaling::None),
         Some("TopK") => {
-            let found =
-                "TopK, with which every input is standardised on its own; weights alone cannot express that";
-            return Err(FormatError::field(WEIGHTS, "activation", "ReLU", found));
+            let after = file.text_in(SETTINGS, AFTER).unwrap_or("nothing");
+            if after != "ReLU" {
+                return Err(FormatError::field(WEIGHTS, &format!("{SETTINGS}.{AFTER}"), "ReLU", after));
+            }
+            (Activation::TopK { k: file.count_in(SETTINGS, "k")? }, RowScaling::LAYER_NORM)
         }
-        Some(other) => return Err(FormatError::field(WEIGHTS, "activation", "ReLU", other)),
-    }
+        Some(other) => return Err(FormatError::field(WEIGHTS, "activation", "ReLU or TopK", other)),
+    };
     let (n, d, w_enc) = file.matrix("encoder.weight")?;
     // A tied decoder is the encoder's transpose and has no tensor of its own, or the encoder's again.
     let w_dec = if file.has("decoder.weight") {
@@ -53,9 +59,9 @@ pub fn read(weights: impl Read + Seek) -> Result<Sae, FormatError> {
         b_enc: file.exact("latent_bias", &[n])?,
         w_dec,
         b_dec: file.exact("pre_bias", &[d])?,
-        activation: Activation::Relu,
+        activation,
         w_skip: None,
-        rows: RowScaling::None,
+        rows,
     };
     fold::pre_encoder_bias(&mut parts);
     Sae::new(parts).map_err(|e| FormatError::weights(WEIGHTS, e))
@@ -64,23 +70,31 @@ pub fn read(weights: impl Read + Seek) -> Result<Sae, FormatError> {
 /// Writes a file that `Autoencoder.from_state_dict` loads; its statistics of use say that nothing was counted.
 ///
 /// # Errors
-/// If the autoencoder is no ReLU one with equal widths, which is all the format holds, or writing fails.
+/// If widths differ, or the autoencoder is neither a ReLU one that reads vectors as they are nor a top-k one that standardises
+/// them, which is all the format holds, or writing fails.
 pub fn write(sae: &Sae, target: impl Write + Seek) -> Result<(), FormatError> {
     fold::refuse_skip(WEIGHTS, sae)?;
-    fold::refuse_scaled_rows(WEIGHTS, sae)?;
     let dims = sae.dims();
     let (d, n) = (dims.d_in, dims.n_latents);
-    let found = match sae.activation() {
-        Activation::Relu if dims.d_out == d => None,
-        Activation::Relu => Some(format!("a transcoder from {d} to {}", dims.d_out)),
-        Activation::JumpRelu { .. } => Some("thresholds".to_owned()),
+    if dims.d_out != d {
+        let found = format!("a transcoder from {d} to {}", dims.d_out);
+        return Err(FormatError::field(WEIGHTS, "pre_bias", "one width for input and output", found));
+    }
+    let top_k;
+    let (name, settings): (&str, &[(&str, Item<'_>)]) = match sae.activation() {
+        Activation::Relu => {
+            fold::refuse_scaled_rows(WEIGHTS, sae)?;
+            ("ReLU", &[])
+        }
         Activation::TopK { k } => {
-            Some(format!("top-k with k = {k}, which goes with standardised inputs there"))
+            fold::refuse_rows_but(WEIGHTS, sae, &[RowScaling::LAYER_NORM])?;
+            top_k = [("k", Item::Int(*k)), (AFTER, Item::Text("ReLU"))];
+            ("TopK", &top_k)
+        }
+        Activation::JumpRelu { .. } => {
+            return Err(FormatError::field(WEIGHTS, "activation", "ReLU or top-k", "thresholds"));
         }
     };
-    if let Some(found) = found {
-        return Err(FormatError::field(WEIGHTS, "activation", "a ReLU autoencoder", found));
-    }
     let (w_dec, bias) = (transpose(sae.w_dec(), n, d), fold::bias_behind_b_dec(sae));
     let (zeros, ones) = (vec![0.0; n], vec![1.0; n]);
     let never = vec![0; n];
@@ -92,8 +106,8 @@ pub fn write(sae: &Sae, target: impl Write + Seek) -> Result<(), FormatError> {
         ("latents_mean_square", Item::F32(&[n], &zeros)),
         ("encoder.weight", Item::F32(&[n, d], sae.w_enc())),
         ("decoder.weight", Item::F32(&[d, n], &w_dec)),
-        ("activation", Item::Text("ReLU")),
-        ("activation_state_dict", Item::Empty),
+        ("activation", Item::Text(name)),
+        (SETTINGS, Item::Dict(settings)),
     ];
     torch::write(WEIGHTS, &items, target)
 }

@@ -3,7 +3,8 @@
 //! `W_E [d, n]`, `b_E [n]`, `W_D [n, d]`, `b_D [d]` (absent without `use_decoder_bias`), thresholds as logarithms. With
 //! `sparsity_include_decoder_norm` a latent is gated by its pre-activation times the norm of its direction. Trained are
 //! vectors scaled to an average norm of √d (`dataset-wise`); that scale is folded into the weights, so that latents are in
-//! the units of the activations, as with Llamascopium's `inference` form.
+//! the units of the activations, as with Llamascopium's `inference` form. With `token-wise` every vector is scaled to a norm of
+//! √d, and latents are in that scale.
 
 use serde_json::{Map, Value, json};
 
@@ -25,8 +26,8 @@ const PROVENANCE: &str = "openmoss";
 /// Reads the two files.
 ///
 /// # Errors
-/// If a part does not parse, the dictionary is no plain autoencoder, inputs are normalised one by one or by batch, sizes
-/// disagree, or a weight is not finite.
+/// If a part does not parse, the dictionary is no plain autoencoder, inputs are normalised by batch, sizes disagree, or a
+/// weight is not finite.
 pub fn read(config: &[u8], weights: &[u8]) -> Result<(Sae, SaeMetadata), FormatError> {
     let mut cfg: Map<String, Value> =
         serde_json::from_slice(config).map_err(|e| FormatError::container(CONFIG, e))?;
@@ -82,13 +83,26 @@ pub fn read(config: &[u8], weights: &[u8]) -> Result<(Sae, SaeMetadata), FormatE
     let norm = text("norm_activation", "dataset-wise")?;
     match norm.as_str() {
         "inference" => {}
+        // Outputs are scaled by their own norms, so that there must be one hook for both.
+        "token-wise" if cfg.get("hook_point_in") == cfg.get("hook_point_out") => {
+            parts.rows = RowScaling::Norm;
+        }
+        "token-wise" => {
+            let found = cfg.get("hook_point_out").unwrap_or(&Value::Null);
+            return Err(FormatError::field(
+                CONFIG,
+                "hook_point_out",
+                "hook_point_in with token-wise norms",
+                found,
+            ));
+        }
         "dataset-wise" => fold_scale(
             &mut parts,
             scale(&file, &cfg, d, "hook_point_in")?,
             scale(&file, &cfg, d, "hook_point_out")?,
         ),
         other => {
-            let wanted = "dataset-wise or inference (the others need the vectors themselves)";
+            let wanted = "dataset-wise, token-wise or inference (batch-wise needs the batch)";
             return Err(FormatError::field(CONFIG, "norm_activation", wanted, other));
         }
     }
@@ -149,14 +163,14 @@ fn fold_scale(parts: &mut SaeParts, s_in: f64, s_out: f64) {
     }
 }
 
-/// The folder's `config.json` and `sae_weights.safetensors`, in the `inference` form. Thresholds become logarithms, which
+/// The folder's `config.json` and `sae_weights.safetensors`, in the `inference` form, or `token-wise` where rows are scaled. Thresholds become logarithms, which
 /// keep them to a few parts in ten million.
 ///
 /// # Errors
 /// If input and output differ in width, which the format cannot say.
 pub fn write(sae: &Sae, metadata: &SaeMetadata) -> Result<(Vec<u8>, Vec<u8>), FormatError> {
     fold::refuse_skip(CONFIG, sae)?;
-    fold::refuse_scaled_rows(CONFIG, sae)?;
+    fold::refuse_rows_but(CONFIG, sae, &[RowScaling::None, RowScaling::Norm])?;
     let dims = sae.dims();
     let (d, n) = (dims.d_in, dims.n_latents);
     if dims.d_out != d {
@@ -169,7 +183,7 @@ pub fn write(sae: &Sae, metadata: &SaeMetadata) -> Result<(Vec<u8>, Vec<u8>), Fo
         "d_model": d,
         "expansion_factor": expansion_factor(d, n),
         "use_decoder_bias": true,
-        "norm_activation": "inference",
+        "norm_activation": if sae.rows().is_none() { "inference" } else { "token-wise" },
         "sparsity_include_decoder_norm": false,
         "use_glu_encoder": false,
         "hook_point_in": hook,
@@ -250,7 +264,7 @@ mod tests {
             ("use_glu_encoder", json!(true), "config.json: use_glu_encoder"),
             ("act_fn", json!("batchtopk"), "config.json: act_fn"),
             ("act_fn", json!("topk"), "config.json: top_k"),
-            ("norm_activation", json!("token-wise"), "config.json: norm_activation"),
+            ("norm_activation", json!("batch-wise"), "config.json: norm_activation"),
             ("norm_activation", json!("dataset-wise"), "sae_weights.safetensors: dataset_average"),
             ("d_model", json!(4), "config.json: d_model: wanted 3"),
         ] {
@@ -262,6 +276,13 @@ mod tests {
         for length in 0..weights.len() {
             assert!(read(&config, &weights[..length]).is_err());
         }
+        let scaled = Sae::new(SaeParts { rows: RowScaling::Norm, ..sae().into_parts() }).unwrap();
+        let (config, weights) = write(&scaled, &SaeMetadata::default()).unwrap();
+        assert_eq!(read(&config, &weights).unwrap().0.rows(), RowScaling::Norm);
+        let mut cfg: Value = serde_json::from_slice(&config).unwrap();
+        cfg["hook_point_out"] = "blocks.3.hook_mlp_out".into();
+        let error = read(cfg.to_string().as_bytes(), &weights).unwrap_err().to_string();
+        assert!(error.contains("hook_point_out"), "{error}");
     }
 
     #[test]

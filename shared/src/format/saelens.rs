@@ -1,7 +1,7 @@
 //! SAELens folders: `cfg.json`, `sae_weights.safetensors` and, beside them, `sparsity.safetensors`.
 //!
 //! Stored are `W_enc [d_in, n]`, `W_dec [n, d_out]`, `b_enc [n]`, `b_dec [d_out]`, with `threshold [n]` (JumpReLU) or
-//! `b_gate`, `b_mag`, `r_mag [n]` in place of `b_enc` (gated).
+//! `b_gate`, `b_mag`, `r_mag [n]` in place of `b_enc` (gated), and `W_skip [d_out, d_in]` in skip transcoders.
 
 use super::error::FormatError;
 use super::metadata::SaeMetadata;
@@ -10,7 +10,6 @@ use super::saelens_config::{self, Architecture, Config};
 use super::fold;
 pub use super::saelens_config::CONFIG;
 use super::tensors::{TensorFile, serialize, transpose};
-use crate::row_scaling::RowScaling;
 use crate::sae::{Activation, Sae, SaeParts};
 
 /// The name of the weight file.
@@ -29,7 +28,7 @@ pub struct Folder {
 
 /// Reads a folder's configuration (version 6, or flat as before it) and weights.
 ///
-/// Architectures: standard, jumprelu, topk, gated, transcoder, jumprelu_transcoder. A pre-encoder bias, the gate and
+/// Architectures: standard, jumprelu, topk, gated, and transcoders with and without thresholds and skip connection. A pre-encoder bias, the gate and
 /// decoder-norm scaling are folded into the weights in f64.
 ///
 /// # Errors
@@ -37,8 +36,9 @@ pub struct Folder {
 pub fn read(config: &[u8], weights: &[u8]) -> Result<(Sae, SaeMetadata), FormatError> {
     let config = saelens_config::read(config)?;
     let file = TensorFile::open(WEIGHTS, weights)?;
-    if file.has("W_skip") {
-        return Err(FormatError::field(WEIGHTS, "W_skip", "no skip connection", "one (skip transcoder)"));
+    if file.has("W_skip") && !config.skip {
+        let wanted = "no skip connection, as the architecture has none";
+        return Err(FormatError::field(WEIGHTS, "W_skip", wanted, "one"));
     }
     let mut parts = dense_parts(&file, &config)?;
     let n = parts.w_enc.len() / parts.d_in.max(1);
@@ -90,8 +90,8 @@ fn dense_parts(file: &TensorFile<'_>, config: &Config) -> Result<SaeParts, Forma
         w_dec,
         b_dec: file.exact("b_dec", &[d_out])?,
         activation: Activation::Relu,
-        w_skip: None,
-        rows: RowScaling::None,
+        w_skip: if config.skip { Some(file.exact("W_skip", &[d_out, d_in])?) } else { None },
+        rows: config.rows,
     })
 }
 
@@ -121,20 +121,18 @@ fn scale_decoder(file: &TensorFile<'_>, parts: &mut SaeParts, n: usize) -> Resul
     Ok(())
 }
 
-/// The folder SAELens 6 loads with `SAE.load_from_disk`: f32, no pre-encoder bias, no normalisation.
+/// The folder SAELens 6 loads with `SAE.load_from_disk`: f32, no pre-encoder bias.
 ///
 /// # Errors
-/// If SAELens has no such architecture (a top-k transcoder).
+/// If SAELens has no such architecture (a top-k transcoder), or rows are scaled as SAELens does not.
 pub fn write(sae: &Sae, metadata: &SaeMetadata) -> Result<Folder, FormatError> {
-    fold::refuse_skip(CONFIG, sae)?;
-    fold::refuse_scaled_rows(CONFIG, sae)?;
     let dims = sae.dims();
     let (d_in, d_out, n) = (dims.d_in, dims.d_out, dims.n_latents);
-    let config = saelens_config::write(dims, sae.activation(), metadata)?;
+    let config = saelens_config::write(sae, metadata)?;
     let mut config = serde_json::to_vec_pretty(&config).map_err(|e| FormatError::container(CONFIG, e))?;
     config.push(b'\n');
     let w_enc = transpose(sae.w_enc(), n, d_in);
-    let (encoder, decoder, latents, outputs) = ([d_in, n], [n, d_out], [n], [d_out]);
+    let (encoder, decoder, latents, outputs, skip) = ([d_in, n], [n, d_out], [n], [d_out], [d_out, d_in]);
     let mut tensors: Vec<(&str, &[usize], &[f32])> = vec![
         ("W_enc", &encoder, &w_enc),
         ("W_dec", &decoder, sae.w_dec()),
@@ -143,6 +141,9 @@ pub fn write(sae: &Sae, metadata: &SaeMetadata) -> Result<Folder, FormatError> {
     ];
     if let Activation::JumpRelu { threshold } = sae.activation() {
         tensors.push(("threshold", &latents, threshold));
+    }
+    if let Some(w_skip) = sae.w_skip() {
+        tensors.push(("W_skip", &skip, w_skip));
     }
     Ok(Folder { config, weights: serialize(WEIGHTS, &tensors)? })
 }
@@ -161,6 +162,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::row_scaling::RowScaling;
     use crate::tap::{Site, TapPoint};
 
     fn sae(activation: Activation, d_out: usize) -> Sae {
@@ -224,6 +226,46 @@ mod tests {
     }
 
     #[test]
+    fn skip_connections_and_scaled_rows_read_back_equal() {
+        let jump = Activation::JumpRelu { threshold: vec![0.1, 0.2, 0.0, 0.4, 0.5] };
+        let top_k = Activation::TopK { k: 2 };
+        let (none, skip) = (None, |d_out: usize| Some(vec![0.25f32; 3 * d_out]));
+        let held = [
+            (jump.clone(), 4, skip(4), RowScaling::None, "jumprelu_skip_transcoder"),
+            (Activation::Relu, 3, skip(3), RowScaling::None, "skip_transcoder"),
+            (jump, 3, none.clone(), RowScaling::LAYER_NORM, "jumprelu"),
+            (top_k.clone(), 3, none.clone(), RowScaling::Norm, "topk"),
+        ];
+        let with = |activation, d_out, w_skip, rows| {
+            let parts = sae(activation, d_out).into_parts();
+            Sae::new(SaeParts { w_skip, rows, ..parts }).unwrap()
+        };
+        for (activation, d_out, w_skip, rows, architecture) in held {
+            let sae = with(activation, d_out, w_skip, rows);
+            let folder = write(&sae, &SaeMetadata::default()).unwrap();
+            assert_eq!(read(&folder.config, &folder.weights).unwrap().0, sae);
+            let mut cfg: Value = serde_json::from_slice(&folder.config).unwrap();
+            assert_eq!(cfg["architecture"], architecture);
+            // The weights must be what the architecture says.
+            if sae.w_skip().is_some() {
+                cfg["normalize_activations"] = "layer_norm".into();
+                assert!(reread(&cfg, &folder.weights).unwrap_err().to_string().contains("not be undone"));
+                cfg["normalize_activations"] = "none".into();
+                cfg["architecture"] = architecture.replace("skip_", "").into();
+                assert!(reread(&cfg, &folder.weights).unwrap_err().to_string().contains("W_skip"));
+            }
+        }
+        for (activation, d_out, w_skip, rows) in [
+            (top_k, 3, skip(3), RowScaling::None),
+            (Activation::Relu, 4, none.clone(), RowScaling::LAYER_NORM),
+            (Activation::Relu, 3, skip(3), RowScaling::Norm),
+            (Activation::Relu, 3, none, RowScaling::Standardise { eps: 1e-3 }),
+        ] {
+            assert!(write(&with(activation, d_out, w_skip, rows), &SaeMetadata::default()).is_err());
+        }
+    }
+
+    #[test]
     fn a_flat_configuration_means_what_it_meant() {
         let (_, weights) = folder();
         let plain = sae(Activation::Relu, 3);
@@ -250,8 +292,8 @@ mod tests {
         let (config, weights) = folder();
         let cases: [(&str, Value, &str); 8] = [
             ("architecture", json!("matching_pursuit"), "cfg.json: architecture"),
-            ("normalize_activations", json!("layer_norm"), "cfg.json: normalize_activations"),
-            ("normalize_activations", json!("constant_norm_rescale"), "cfg.json: normalize_activations"),
+            ("normalize_activations", json!("covariance_whitening"), "cfg.json: normalize_activations"),
+            ("architecture", json!("jumprelu_skip_transcoder"), "cfg.json: d_out"),
             ("d_in", json!(4), "cfg.json: d_in: wanted 3"),
             ("d_sae", json!(-5), "cfg.json: d_sae: wanted a positive whole number, found -5"),
             ("d_sae", json!(1e30), "cfg.json: d_sae"),

@@ -3,9 +3,10 @@
 use serde_json::{Map, Value, json};
 
 use super::error::FormatError;
+use super::fold;
 use super::metadata::{self, SaeMetadata, tap_of_hook};
-use crate::forward::Dims;
-use crate::sae::Activation;
+use crate::row_scaling::RowScaling;
+use crate::sae::{Activation, Sae};
 
 /// The name of the configuration file in messages and on disk.
 pub const CONFIG: &str = "cfg.json";
@@ -58,8 +59,9 @@ pub(super) enum Architecture {
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Config {
     pub(super) architecture: Architecture,
-    /// Input and output are different places, perhaps of different width.
-    pub(super) transcoder: bool,
+    /// Whether a skip connection is added.
+    pub(super) skip: bool,
+    pub(super) rows: RowScaling,
     pub(super) d_in: usize,
     pub(super) d_out: usize,
     pub(super) n_latents: usize,
@@ -76,8 +78,8 @@ pub(super) fn read(bytes: &[u8]) -> Result<Config, FormatError> {
     if !is_version_6(&cfg) {
         migrate(&mut cfg)?;
     }
-    let (architecture, transcoder) = architecture(&cfg)?;
-    refuse_input_normalisation(&cfg)?;
+    let Kind { architecture, transcoder, skip } = kind(&cfg)?;
+    let rows = rows(&cfg, transcoder)?;
     let subtract_b_dec = match cfg.get("apply_b_dec_to_input") {
         None | Some(Value::Null) => !transcoder,
         Some(Value::Bool(apply)) => *apply,
@@ -90,7 +92,8 @@ pub(super) fn read(bytes: &[u8]) -> Result<Config, FormatError> {
     }
     Ok(Config {
         architecture,
-        transcoder,
+        skip,
+        rows,
         d_in: required(&cfg, "d_in")?,
         d_out: required(&cfg, if transcoder { "d_out" } else { "d_in" })?,
         n_latents: required(&cfg, "d_sae")?,
@@ -149,16 +152,27 @@ fn migrate(cfg: &mut Map<String, Value>) -> Result<(), FormatError> {
     Ok(())
 }
 
-fn architecture(cfg: &Map<String, Value>) -> Result<(Architecture, bool), FormatError> {
-    const WANTED: &str = "standard, jumprelu, topk, gated, transcoder or jumprelu_transcoder \
-        (batchtopk autoencoders are saved as jumprelu for inference)";
+/// What the name of an architecture says.
+struct Kind {
+    architecture: Architecture,
+    /// Input and output are different places, perhaps of different width.
+    transcoder: bool,
+    skip: bool,
+}
+
+fn kind(cfg: &Map<String, Value>) -> Result<Kind, FormatError> {
+    const WANTED: &str = "standard, jumprelu, topk, gated, transcoder, jumprelu_transcoder, skip_transcoder or \
+        jumprelu_skip_transcoder (batchtopk autoencoders are saved as jumprelu for inference)";
+    let of = |architecture, transcoder, skip| Kind { architecture, transcoder, skip };
     let name = cfg.get("architecture").and_then(Value::as_str);
     Ok(match name {
-        Some("standard") => (Architecture::Standard, false),
-        Some("jumprelu") => (Architecture::JumpRelu, false),
-        Some("gated") => (Architecture::Gated, false),
-        Some("transcoder") => (Architecture::Standard, true),
-        Some("jumprelu_transcoder") => (Architecture::JumpRelu, true),
+        Some("standard") => of(Architecture::Standard, false, false),
+        Some("jumprelu") => of(Architecture::JumpRelu, false, false),
+        Some("gated") => of(Architecture::Gated, false, false),
+        Some("transcoder") => of(Architecture::Standard, true, false),
+        Some("skip_transcoder") => of(Architecture::Standard, true, true),
+        Some("jumprelu_transcoder") => of(Architecture::JumpRelu, true, false),
+        Some("jumprelu_skip_transcoder") => of(Architecture::JumpRelu, true, true),
         Some("topk") => {
             let k = required(cfg, "k")?;
             let by_decoder_norm = match cfg.get("rescale_acts_by_decoder_norm") {
@@ -173,23 +187,32 @@ fn architecture(cfg: &Map<String, Value>) -> Result<(Architecture, bool), Format
                     ));
                 }
             };
-            (Architecture::TopK { k, by_decoder_norm }, false)
+            of(Architecture::TopK { k, by_decoder_norm }, false, false)
         }
         Some(other) => return Err(FormatError::field(CONFIG, "architecture", WANTED, other)),
         None => return Err(FormatError::field(CONFIG, "architecture", WANTED, "nothing")),
     })
 }
 
-/// Only normalisations that are the identity at inference can be held: the others need the input's own
-/// statistics again when decoding.
-fn refuse_input_normalisation(cfg: &Map<String, Value>) -> Result<(), FormatError> {
-    const WANTED: &str = "none or expected_average_only_in (the others rescale every input on its own, \
-        which weights alone cannot express)";
-    let Some(value) = cfg.get("normalize_activations").filter(|v| !v.is_null()) else { return Ok(()) };
-    match value.as_str() {
-        Some("none" | "expected_average_only_in") => Ok(()),
-        _ => Err(FormatError::field(CONFIG, "normalize_activations", WANTED, value)),
+/// How vectors are scaled. An average that the whole of the data shares is folded into the weights before they are saved,
+/// and so is whitening.
+fn rows(cfg: &Map<String, Value>, transcoder: bool) -> Result<RowScaling, FormatError> {
+    const WANTED: &str = "none, expected_average_only_in, layer_norm or constant_norm_rescale";
+    let Some(value) = cfg.get("normalize_activations").filter(|v| !v.is_null()) else {
+        return Ok(RowScaling::None);
+    };
+    let rows = match value.as_str() {
+        Some("none" | "expected_average_only_in") => return Ok(RowScaling::None),
+        Some("layer_norm") => RowScaling::LAYER_NORM,
+        Some("constant_norm_rescale") => RowScaling::Norm,
+        _ => return Err(FormatError::field(CONFIG, "normalize_activations", WANTED, value)),
+    };
+    // SAELens' transcoders scale what they read and leave what they write on that scale.
+    if transcoder {
+        let wanted = "none in a transcoder, where it would not be undone";
+        return Err(FormatError::field(CONFIG, "normalize_activations", wanted, value));
     }
+    Ok(rows)
 }
 
 fn required(cfg: &Map<String, Value>, key: &str) -> Result<usize, FormatError> {
@@ -225,26 +248,31 @@ fn metadata(mut cfg: Map<String, Value>) -> Result<SaeMetadata, FormatError> {
 }
 
 /// The `cfg.json` of version 6 for an autoencoder of these sizes.
-pub(super) fn write(
-    dims: Dims,
-    activation: &Activation,
-    metadata: &SaeMetadata,
-) -> Result<Value, FormatError> {
+///
+/// # Errors
+/// If SAELens has no such architecture, or scales rows in no such way.
+pub(super) fn write(sae: &Sae, metadata: &SaeMetadata) -> Result<Value, FormatError> {
+    let dims = sae.dims();
     let mut ours = metadata.provenance.clone();
     let foreign = match ours.remove("saelens") {
         Some(Value::Object(map)) => map,
         _ => Map::new(),
     };
+    let skip = sae.w_skip().is_some();
     let transcoder =
-        dims.d_in != dims.d_out || metadata.target.is_some() || foreign.contains_key("hook_name_out");
+        dims.d_in != dims.d_out || skip || metadata.target.is_some() || foreign.contains_key("hook_name_out");
+    let known = [RowScaling::None, RowScaling::LAYER_NORM, RowScaling::Norm];
+    fold::refuse_rows_but(CONFIG, sae, if transcoder { &known[..1] } else { &known })?;
     let mut cfg = json!({
-        "architecture": match (activation, transcoder) {
-            (Activation::Relu, false) => "standard",
-            (Activation::Relu, true) => "transcoder",
-            (Activation::JumpRelu { .. }, false) => "jumprelu",
-            (Activation::JumpRelu { .. }, true) => "jumprelu_transcoder",
-            (Activation::TopK { .. }, false) => "topk",
-            (Activation::TopK { .. }, true) => {
+        "architecture": match (sae.activation(), transcoder, skip) {
+            (Activation::Relu, false, _) => "standard",
+            (Activation::Relu, true, false) => "transcoder",
+            (Activation::Relu, true, true) => "skip_transcoder",
+            (Activation::JumpRelu { .. }, false, _) => "jumprelu",
+            (Activation::JumpRelu { .. }, true, false) => "jumprelu_transcoder",
+            (Activation::JumpRelu { .. }, true, true) => "jumprelu_skip_transcoder",
+            (Activation::TopK { .. }, false, _) => "topk",
+            (Activation::TopK { .. }, true, _) => {
                 return Err(FormatError::field(CONFIG, "architecture", "an architecture SAELens has", "a top-k transcoder"));
             }
         },
@@ -253,13 +281,17 @@ pub(super) fn write(
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": false,
-        "normalize_activations": "none",
+        "normalize_activations": match sae.rows() {
+            RowScaling::None => "none",
+            RowScaling::Standardise { .. } => "layer_norm",
+            RowScaling::Norm => "constant_norm_rescale",
+        },
         "reshape_activations": "none",
     });
     if transcoder {
         cfg["d_out"] = dims.d_out.into();
     }
-    if let Activation::TopK { k } = activation {
+    if let Activation::TopK { k } = sae.activation() {
         cfg["k"] = (*k).into();
         cfg["rescale_acts_by_decoder_norm"] = false.into();
     }

@@ -1,7 +1,8 @@
 //! EleutherAI's sparsify: `cfg.json` and `sae.safetensors` in a folder named after the hookpoint.
 //!
 //! `encoder.weight [n, d]`, `encoder.bias [n]`, `W_dec [n, d]`, `b_dec [d]`, optionally `W_skip [d, d]`. An autoencoder
-//! subtracts `b_dec` from what it reads, a transcoder (`transcode`) does not; both keep the `k` largest of the ReLU.
+//! subtracts `b_dec` from what it reads, a transcoder (`transcode`) does not; both keep the `k` largest of the ReLU, and `W_skip`
+//! multiplies the input as it is.
 
 use serde_json::{Map, Value, json};
 
@@ -23,8 +24,7 @@ const PROVENANCE: &str = "sparsify";
 /// Reads a folder's two files; `hookpoint` is the folder's name, which alone says where the autoencoder reads.
 ///
 /// # Errors
-/// If a part does not parse, the activation is not top-k, there is a skip connection, sizes disagree, or a weight is not
-/// finite.
+/// If a part does not parse, the activation is not top-k, sizes disagree, or a weight is not finite.
 pub fn read(config: &[u8], weights: &[u8], hookpoint: &str) -> Result<(Sae, SaeMetadata), FormatError> {
     let parsed = serde_json::from_slice(config).map_err(|e| FormatError::container(CONFIG, e))?;
     let Value::Object(mut cfg) = parsed else {
@@ -42,8 +42,11 @@ pub fn read(config: &[u8], weights: &[u8], hookpoint: &str) -> Result<(Sae, SaeM
         return Err(FormatError::field(CONFIG, "signed", "false (latents are never negative here)", "true"));
     }
     let file = TensorFile::open(WEIGHTS, weights)?;
-    if flag("skip_connection")? || file.has("W_skip") {
-        return Err(FormatError::field(WEIGHTS, "W_skip", "no skip connection", "one"));
+    let skip = flag("skip_connection")?;
+    if skip != file.has("W_skip") {
+        let (wanted, found) =
+            if skip { ("a tensor", "none") } else { ("none, as skip_connection is false", "one") };
+        return Err(FormatError::field(WEIGHTS, "W_skip", wanted, found));
     }
     let transcode = flag("transcode")?;
     let k = cfg.get("k").and_then(Value::as_u64).and_then(|k| usize::try_from(k).ok());
@@ -61,7 +64,7 @@ pub fn read(config: &[u8], weights: &[u8], hookpoint: &str) -> Result<(Sae, SaeM
         w_dec: file.exact("W_dec", &[n, d])?,
         b_dec: file.exact("b_dec", &[d])?,
         activation: Activation::TopK { k },
-        w_skip: None,
+        w_skip: if skip { Some(file.exact("W_skip", &[d, d])?) } else { None },
         rows: RowScaling::None,
     };
     if !transcode {
@@ -96,7 +99,6 @@ fn tap(hookpoint: &str, transcode: bool) -> Option<TapPoint> {
 /// # Errors
 /// If the autoencoder is not top-k or its widths differ, which the format cannot say.
 pub fn write(sae: &Sae, metadata: &SaeMetadata) -> Result<(Vec<u8>, Vec<u8>), FormatError> {
-    fold::refuse_skip(CONFIG, sae)?;
     fold::refuse_scaled_rows(CONFIG, sae)?;
     let dims = sae.dims();
     let (d, n) = (dims.d_in, dims.n_latents);
@@ -112,6 +114,8 @@ pub fn write(sae: &Sae, metadata: &SaeMetadata) -> Result<(Vec<u8>, Vec<u8>), Fo
         }
     };
     let mut ours = metadata.provenance.clone();
+    let was_one = ours.get(PROVENANCE).and_then(|cfg| cfg.get("transcode")?.as_bool()) == Some(true);
+    let transcode = was_one || metadata.target.is_some();
     let mut cfg = match ours.remove(PROVENANCE) {
         Some(Value::Object(foreign)) => foreign,
         _ => Map::new(),
@@ -120,8 +124,8 @@ pub fn write(sae: &Sae, metadata: &SaeMetadata) -> Result<(Vec<u8>, Vec<u8>), Fo
         ("activation", json!("topk")),
         ("num_latents", n.into()),
         ("k", k.into()),
-        ("skip_connection", false.into()),
-        ("transcode", false.into()),
+        ("skip_connection", sae.w_skip().is_some().into()),
+        ("transcode", transcode.into()),
         ("d_in", d.into()),
     ] {
         cfg.insert(key.to_owned(), value);
@@ -136,13 +140,17 @@ pub fn write(sae: &Sae, metadata: &SaeMetadata) -> Result<(Vec<u8>, Vec<u8>), Fo
     }
     let mut config = serde_json::to_vec_pretty(&cfg).map_err(|e| FormatError::container(CONFIG, e))?;
     config.push(b'\n');
-    let bias = fold::bias_behind_b_dec(sae);
-    let tensors: [(&str, &[usize], &[f32]); 4] = [
-        ("encoder.weight", &[n, d], sae.w_enc()),
-        ("encoder.bias", &[n], &bias),
-        ("W_dec", &[n, d], sae.w_dec()),
-        ("b_dec", &[d], sae.b_dec()),
+    let bias = if transcode { sae.b_enc().to_vec() } else { fold::bias_behind_b_dec(sae) };
+    let (square, tall, latents, inputs) = ([d, d], [n, d], [n], [d]);
+    let mut tensors: Vec<(&str, &[usize], &[f32])> = vec![
+        ("encoder.weight", &tall, sae.w_enc()),
+        ("encoder.bias", &latents, &bias),
+        ("W_dec", &tall, sae.w_dec()),
+        ("b_dec", &inputs, sae.b_dec()),
     ];
+    if let Some(w_skip) = sae.w_skip() {
+        tensors.push(("W_skip", &square, w_skip));
+    }
     Ok((config, serialize(WEIGHTS, &tensors)?))
 }
 
@@ -199,5 +207,28 @@ mod tests {
         for length in 0..weights.len() {
             assert!(read(&config, &weights[..length], "").is_err());
         }
+        let plain = sae(Activation::TopK { k: 2 });
+        let skip = Sae::new(SaeParts { w_skip: Some(vec![0.5; 9]), ..plain.clone().into_parts() }).unwrap();
+        let (config, skip_weights) = write(&skip, &SaeMetadata::default()).unwrap();
+        assert_eq!(read(&config, &skip_weights, "").unwrap().0.w_skip(), skip.w_skip());
+        let mut cfg: Value = serde_json::from_slice(&config).unwrap();
+        cfg["skip_connection"] = false.into();
+        let error = read(cfg.to_string().as_bytes(), &skip_weights, "").unwrap_err().to_string();
+        assert!(error.contains("W_skip: wanted none"), "{error}");
+        let scaled = Sae::new(SaeParts { rows: RowScaling::Norm, ..plain.into_parts() }).unwrap();
+        assert!(write(&scaled, &SaeMetadata::default()).is_err());
+    }
+
+    /// A transcoder stays one: its bias is not that of an autoencoder that subtracts `b_dec`.
+    #[test]
+    fn transcoders_are_written_as_transcoders() {
+        let sae = sae(Activation::TopK { k: 2 });
+        let target = Some(TapPoint::new(Site::Mlp, 3));
+        let (config, weights) = write(&sae, &SaeMetadata { target, ..SaeMetadata::default() }).unwrap();
+        let cfg: Value = serde_json::from_slice(&config).unwrap();
+        assert_eq!(cfg["transcode"], true);
+        let (again, metadata) = read(&config, &weights, "layers.3.mlp").unwrap();
+        assert_eq!(again, sae);
+        assert_eq!(write(&again, &metadata).unwrap(), (config, weights));
     }
 }

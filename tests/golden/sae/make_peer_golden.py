@@ -1,11 +1,11 @@
 """Weight files of other programs, written by their own code, with the features and reconstructions it computes.
 
-    python make_peer_golden.py [dictionary_learning] [sparsify] [openmoss] [openai] [mlsae]
+    python make_peer_golden.py [dictionary_learning] [sparsify] [openmoss] [openai] [mlsae] [gemma_scope_2]
 
 writes `peers/NAME/` beside itself: the files of the format and `expected.safetensors` with `x`, `features` (dense, in the
 units the reader promises) and `reconstruction`. Written with torch 2.15.0 (CPU), dictionary-learning 0.1.0, eai-sparsify
-1.3.3 and llamascopium 2.0.0b34. OpenAI's and mlsae's code is not on a package index: those two folders are written here from
-the formulas in their model files. Rows in which a decision is closer than 1e-3 to its boundary are replaced.
+1.3.3, llamascopium 2.0.0b34 and sae-lens 6.54.12, which loads and computes the Gemma Scope 2 folder. OpenAI's and mlsae's code
+is not on a package index: their folders are written here from the formulas in their model files. Rows in which a decision is closer than 1e-3 to its boundary are replaced.
 """
 
 import importlib.abc
@@ -78,6 +78,26 @@ def topk_margin(z, k=K):
     return torch.minimum(z.abs().min(-1).values, ranked[:, k - 1] - ranked[:, k])
 
 
+def uneven(rows_of_one_size):
+    """Off centre and of many sizes, as vectors are that have to be scaled one by one."""
+    n = rows_of_one_size.shape[0]
+    size = torch.tensor([1.0, 12.0, 0.01, 3.0])[torch.arange(n) % 4]
+    return (rows_of_one_size + torch.linspace(-2, 2, n)[:, None]) * size[:, None]
+
+
+def standardised(x):
+    mu = x.mean(dim=-1, keepdim=True)
+    std = (x - mu).std(dim=-1, keepdim=True)
+    return (x - mu) / (std + 1e-5), mu, std
+
+
+def uneven_rows(margin, generator):
+    while True:
+        x = uneven(torch.randn(ROWS, D, generator=generator))
+        if margin(x).min() > 1e-3:
+            return x
+
+
 def expected(folder, x, features, reconstruction):
     save_file({"x": x, "features": features.contiguous().float(), "reconstruction": reconstruction.contiguous().float()},
               folder / "expected.safetensors")
@@ -144,9 +164,11 @@ def sparsify():
     from sparsify.config import SparseCoderConfig
     from sparsify.sparse_coder import SparseCoder
 
-    for seed, (name, transcode) in enumerate({"sparsify": False, "sparsify_transcode": True}.items()):
+    cases = {"sparsify": (False, False), "sparsify_transcode": (True, False), "sparsify_skip": (False, True),
+             "sparsify_skip_transcode": (True, True)}
+    for seed, (name, (transcode, skip)) in enumerate(cases.items()):
         generator = torch.Generator().manual_seed(200 + seed)
-        coder = SparseCoder(D, SparseCoderConfig(num_latents=N, k=K, transcode=transcode))
+        coder = SparseCoder(D, SparseCoderConfig(num_latents=N, k=K, transcode=transcode, skip_connection=skip))
         fill(coder.named_parameters(), generator)
         z = lambda x: coder.encoder(x if transcode else x - coder.b_dec)
         x = rows(lambda x: topk_margin(z(x)), generator)
@@ -154,7 +176,8 @@ def sparsify():
         coder.save_to_disk(path)
         acts, indices, _ = coder.encode(x)
         features = torch.zeros(ROWS, N).scatter_(1, indices, acts)
-        expected(path.parent, x, features, coder.decode(acts, indices))
+        # Its forward pass alone adds the skip connection.
+        expected(path.parent, x, features, coder(x).sae_out if skip else coder.decode(acts, indices))
 
 
 @torch.no_grad()
@@ -172,6 +195,7 @@ def openmoss():
         "openmoss_plain": dict(act_fn="jumprelu", norm_activation="inference", sparsity_include_decoder_norm=False),
         "openmoss_relu": dict(act_fn="relu", norm_activation="inference", use_decoder_bias=False),
         "openmoss_topk": dict(act_fn="topk", top_k=K, norm_activation="dataset-wise"),
+        "openmoss_tokenwise": dict(act_fn="jumprelu", norm_activation="token-wise"),
     }
     for seed, (name, options) in enumerate(cases.items()):
         generator = torch.Generator().manual_seed(300 + seed)
@@ -185,8 +209,11 @@ def openmoss():
             sae.set_dataset_average_activation_norm({hook: 5.0})
         scale = D**0.5 / 5.0 if options["norm_activation"] == "dataset-wise" else 1.0
 
+        token_wise = options["norm_activation"] == "token-wise"
+
         def margin(x):
-            z = x * scale @ sae.W_E + sae.b_E
+            inputs = sae.normalize_activations({hook: x})[hook] if token_wise else x * scale
+            z = inputs @ sae.W_E + sae.b_E
             if cfg.sparsity_include_decoder_norm:
                 z = z * sae.decoder_norm()
             if options["act_fn"] == "topk":
@@ -195,10 +222,16 @@ def openmoss():
             threshold = sae.activation_function.log_jumprelu_threshold.exp() if options["act_fn"] == "jumprelu" else 0
             return torch.minimum(z.abs(), (z - threshold).abs())
 
-        x = rows(margin, generator)
+        x = uneven_rows(margin, generator) if token_wise else rows(margin, generator)
         path = folder(name)
         sae.save_checkpoint(path / "sae_weights.safetensors")
         sae.cfg.save_hyperparameters(path)
+        if token_wise:
+            batch, factors = sae.normalize_activations({hook: x}, return_scale_factor=True)
+            acts = sae.encode(batch[hook])
+            back = sae.denormalize_activations({hook: sae.decode(acts)}, factors)
+            expected(path, x, acts, back[hook])
+            continue
         acts = sae.encode(x * scale)
         # Features in the scale of the activations; those of top-k ranked by decoder norms times these norms.
         features = acts / scale
@@ -223,8 +256,90 @@ def openai():
     expected(path, x, features, features @ state["decoder.weight"].T + state["pre_bias"])
 
 
+    generator = torch.Generator().manual_seed(401)
+    state["stats_last_nonzero"] += 3
+    fill([(k, v) for k, v in state.items() if k.endswith("weight") or k.endswith("_bias")], generator)
+    x = uneven_rows(lambda x: topk_margin(z(standardised(x)[0])), generator)
+    state["activation"], state["activation_state_dict"] = "TopK", {"k": K, "postact_fn": "ReLU"}
+    path = folder("openai_topk")
+    torch.save(state, path / "3.pt")
+    inputs, mu, std = standardised(x)
+    top = z(inputs).topk(K)
+    features = torch.zeros(ROWS, N).scatter_(1, top.indices, top.values.relu())
+    expected(path, x, features, (features @ state["decoder.weight"].T + state["pre_bias"]) * std + mu)
+
+
 @torch.no_grad()
 def mlsae():
+    mlsae_plain()
+    for seed, (name, prefix) in enumerate({"mlsae_standardised": "", "mlsae_tfm": "autoencoder."}.items()):
+        generator = torch.Generator().manual_seed(501 + seed)
+        n = 2 * D if prefix else N
+        state = {"encoder.weight": torch.zeros(n, D), "decoder.weight": torch.zeros(D, n), "pre_encoder_bias": torch.zeros(D)}
+        fill(state.items(), generator)
+        z = lambda x: (standardised(x)[0] - state["pre_encoder_bias"]) @ state["encoder.weight"].T
+        x = uneven_rows(lambda x: topk_margin(z(x)), generator)
+        path = folder(name)
+        tensors = {prefix + key: value for key, value in state.items()}
+        if prefix:
+            tensors["transformer.model.gpt_neox.embed_in.weight"] = torch.zeros(3, D)
+            config = {"model_name": "EleutherAI/pythia-70m-deduped", "layers": [0, 1, 2], "expansion_factor": 2, "k": K,
+                      "auxk": 256, "auxk_coef": 1 / 32, "dead_tokens_threshold": 10_000_000, "dead_threshold": 0.001, "lr": 1e-4,
+                      "standardize": True, "skip_special_tokens": True, "max_length": 2048, "batch_size": 1,
+                      "accumulate_grad_batches": 64, "tuned_lens": False}
+        else:
+            config = {"layers": [3], "n_inputs": D, "n_latents": n, "k": K, "auxk": 256, "dead_steps_threshold": 76,
+                      "dead_threshold": 0.001, "standardize": True, "lens": False}
+        save_file(tensors, path / "model.safetensors")
+        (path / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        top = z(x).topk(K)
+        features = torch.zeros(ROWS, n).scatter_(1, top.indices, top.values.relu())
+        _, mu, std = standardised(x)
+        expected(path, x, features, (features @ state["decoder.weight"].T + state["pre_encoder_bias"]) * std + mu)
+
+
+@torch.no_grad()
+def gemma_scope_2():
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+    from sae_lens.registry import get_sae_class
+
+    for seed, (where, name, width, skip) in enumerate([
+        ("gemma_scope_2_affine", "transcoder_all/layer_3_width_16k_l0_small_affine", D + 3, True),
+        ("gemma_scope_2_resid", "resid_post/layer_3_width_16k_l0_small", D, False),
+    ]):
+        generator = torch.Generator().manual_seed(600 + seed)
+        state = {"w_enc": torch.zeros(D, N), "w_dec": torch.zeros(N, width), "b_enc": torch.zeros(N), "b_dec": torch.zeros(width),
+                 "threshold": torch.zeros(N)}
+        module = "model.layers.3.output"
+        config = {"architecture": "jump_relu", "model_name": "gemma-v3-1b-pt", "width": N, "l0": 15, "type": "sae",
+                  "hf_hook_point_in": module, "hf_hook_point_out": module}
+        if skip:
+            state["affine_skip_connection"] = torch.zeros(D, width)
+            config |= {"type": "transcoder", "affine_connection": True,
+                       "hf_hook_point_in": "model.layers.3.pre_feedforward_layernorm.output",
+                       "hf_hook_point_out": "model.layers.3.post_feedforward_layernorm.output"}
+        fill(state.items(), generator)
+        path = folder(where)
+        save_file(state, path / "params.safetensors")
+        (path / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        # SAELens downloads from the hub; here the hub is this folder.
+        loaders.hf_hub_download = lambda *args, filename=None, **_: str(path / (filename or args[1]).split("/")[-1])
+        loaders.get_safetensors_tensor_shapes = lambda *_: {key: list(value.shape) for key, value in state.items()}
+        cfg, weights, _ = loaders.gemma_3_sae_huggingface_loader("google/gemma-scope-2-1b-pt", name)
+        sae_class, config_class = get_sae_class(cfg["architecture"])
+        sae = sae_class(config_class.from_dict(cfg))
+        sae.load_state_dict(weights)
+
+        def margin(x):
+            z = x @ sae.W_enc + sae.b_enc
+            return torch.minimum(z.abs(), (z - sae.threshold).abs())
+
+        x = rows(margin, generator)
+        expected(path, x, sae.encode(x), sae(x))
+
+
+@torch.no_grad()
+def mlsae_plain():
     generator = torch.Generator().manual_seed(500)
     state = {"encoder.weight": torch.zeros(N, D), "decoder.weight": torch.zeros(D, N), "pre_encoder_bias": torch.zeros(D)}
     fill(state.items(), generator)
@@ -242,5 +357,5 @@ def mlsae():
 
 if __name__ == "__main__":
     sys.meta_path.append(Missing())
-    for name in sys.argv[1:] or ["dictionary_learning", "sparsify", "openmoss", "openai", "mlsae"]:
+    for name in sys.argv[1:] or ["dictionary_learning", "sparsify", "openmoss", "openai", "mlsae", "gemma_scope_2"]:
         globals()[name]()

@@ -70,13 +70,19 @@ def make(name, architecture, seed, flat=None, disk_dtype=None, **config):
         (folder / "cfg.json").write_text(json.dumps(flat, indent=1) + "\n")
     sae = SAE.load_from_disk(folder, device="cpu", dtype="float32")
     rows = []
+    scaled = config.get("normalize_activations") in ("layer_norm", "constant_norm_rescale")
     while len(rows) < ROWS:
         x = torch.randn(1, D_IN, generator=generator)
+        if scaled:
+            # Off centre and of many sizes.
+            x = (x + len(rows) / 2 - 2) * (1.0, 12.0, 0.01, 3.0)[len(rows) % 4]
         if boundary(sae, x).min() > 1e-3:
             rows.append(x)
     x = torch.cat(rows)
     features = sae.encode(x)
-    save_file({"x": x, "features": features, "reconstruction": sae.decode(features).contiguous()},
+    # Scaling by rows is kept from one call to the next; a skip connection is added by the forward pass alone.
+    reconstruction = sae(x) if hasattr(sae, "W_skip") else sae.decode(features)
+    save_file({"x": x, "features": features, "reconstruction": reconstruction.contiguous()},
               folder / "expected.safetensors")
     print(f"{name}: {type(sae).__name__}, L0 {(features > 0).sum(1).tolist()}")
 
@@ -96,4 +102,8 @@ if __name__ == "__main__":
     make("gated", "gated", 8, apply_b_dec_to_input=True)
     make("transcoder", "transcoder", 9, d_out=D_OUT, apply_b_dec_to_input=False)
     make("jumprelu_transcoder", "jumprelu_transcoder", 10, d_out=D_OUT, apply_b_dec_to_input=False)
+    make("skip_transcoder", "skip_transcoder", 12, d_out=D_OUT, apply_b_dec_to_input=False)
+    make("jumprelu_skip_transcoder", "jumprelu_skip_transcoder", 13, d_out=D_OUT, apply_b_dec_to_input=False)
+    make("layer_norm", "jumprelu", 14, normalize_activations="layer_norm", apply_b_dec_to_input=True)
+    make("constant_norm", "topk", 15, k=6, normalize_activations="constant_norm_rescale", apply_b_dec_to_input=True)
     make("scaled_input", "jumprelu", 11, normalize_activations="expected_average_only_in", apply_b_dec_to_input=True)

@@ -146,6 +146,35 @@ impl<'a, R: Read + Seek> TorchFile<'a, R> {
         }
     }
 
+    /// The value under `key` in the dictionary under `name`: a positive whole number.
+    pub(super) fn count_in(&self, name: &str, key: &str) -> Result<usize, FormatError> {
+        let field = format!("{name}.{key}");
+        match self.inner(name, key) {
+            Some(&Node::Int(value)) => {
+                let count = usize::try_from(value).ok().filter(|&count| count > 0);
+                count.ok_or_else(|| FormatError::field(self.part, &field, "a positive whole number", value))
+            }
+            other => Err(FormatError::field(self.part, &field, "an integer", other.map_or("nothing", what))),
+        }
+    }
+
+    /// The text under `key` in the dictionary under `name`.
+    pub(super) fn text_in(&self, name: &str, key: &str) -> Option<&str> {
+        match self.inner(name, key)? {
+            Node::Text(text) => Some(text),
+            _ => None,
+        }
+    }
+
+    /// The one value of a dictionary inside this one.
+    fn inner(&self, name: &str, key: &str) -> Option<&Node> {
+        let Node::Dict(pairs) = self.pickle.get(*self.entries.get(name)?) else { return None };
+        let mut found =
+            pairs.iter().filter(|(k, _)| matches!(self.pickle.get(*k), Node::Text(k) if k == key));
+        let (_, value) = found.next()?;
+        found.next().is_none().then(|| self.pickle.get(*value))
+    }
+
     fn view(&self, name: &str) -> Result<View, FormatError> {
         let found = match self.entries.get(name) {
             None => format!("only {}", self.names()),

@@ -18,8 +18,10 @@ pub(in super::super) enum Item<'a> {
     I64(&'a [i64]),
     /// Text.
     Text(&'a str),
-    /// An empty ordered dictionary.
-    Empty,
+    /// A plain integer.
+    Int(usize),
+    /// An ordered dictionary of what is no tensor.
+    Dict(&'a [(&'a str, Item<'a>)]),
 }
 
 /// Writes `items` by name; `part` names the file in messages.
@@ -39,7 +41,8 @@ pub(in super::super) fn write(
         text(&mut pickle, name).ok_or_else(wrong)?;
         match item {
             Item::Text(value) => text(&mut pickle, value).ok_or_else(wrong)?,
-            Item::Empty => pickle.extend(b"ccollections\nOrderedDict\n)R"),
+            Item::Int(value) => integer(&mut pickle, *value).ok_or_else(wrong)?,
+            Item::Dict(entries) => dictionary(&mut pickle, entries).ok_or_else(wrong)?,
             tensor => {
                 tensor_entry(&mut pickle, storages.len(), *tensor).ok_or_else(wrong)?;
                 storages.push((storages.len(), *tensor));
@@ -80,11 +83,25 @@ pub(in super::super) fn write(
                 let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
                 archive.write_all(&bytes).map_err(io)?;
             }
-            Item::Text(_) | Item::Empty => {}
+            Item::Text(_) | Item::Int(_) | Item::Dict(_) => {}
         }
     }
     archive.finish().map_err(|e| FormatError::container(part, e))?;
     Ok(())
+}
+
+fn dictionary(pickle: &mut Vec<u8>, entries: &[(&str, Item<'_>)]) -> Option<()> {
+    pickle.extend(b"ccollections\nOrderedDict\n)R(");
+    for (name, item) in entries {
+        text(pickle, name)?;
+        match item {
+            Item::Text(value) => text(pickle, value)?,
+            Item::Int(value) => integer(pickle, *value)?,
+            _ => return None,
+        }
+    }
+    pickle.push(b'u');
+    Some(())
 }
 
 fn text(pickle: &mut Vec<u8>, text: &str) -> Option<()> {
@@ -112,7 +129,7 @@ fn tensor_entry(pickle: &mut Vec<u8>, index: usize, item: Item<'_>) -> Option<()
         Item::F32(shape, values) => (b"FloatStorage", shape.to_vec(), values.len()),
         Item::I32(_) => (b"IntStorage", Vec::new(), 1),
         Item::I64(values) => (b"LongStorage", vec![values.len()], values.len()),
-        Item::Text(_) | Item::Empty => return None,
+        Item::Text(_) | Item::Int(_) | Item::Dict(_) => return None,
     };
     if shape.iter().try_fold(1usize, |all, &n| all.checked_mul(n)) != Some(length) {
         return None;
