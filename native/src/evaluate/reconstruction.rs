@@ -59,14 +59,14 @@ impl<'a> ReconstructionMeter<'a> {
         self.density.n_rows()
     }
 
-    /// Adds held-out vectors `[n, d_in]` to every metric.
+    /// Adds held-out vectors `x [n, d_in]`, and what is to be reconstructed `y [n, d_out]`, to every metric.
     ///
     /// # Errors
     /// If rows have another width.
-    pub fn add_held_out(&mut self, x: Rows<'_>) -> Result<()> {
+    pub fn add_held_out(&mut self, x: Rows<'_>, y: Rows<'_>) -> Result<()> {
         let codes = self.backend.encode(x)?;
         let reconstruction = self.backend.decode(x, &codes)?;
-        self.fvu.update(x, Rows::new(&reconstruction, x.width())?)?;
+        self.fvu.update(y, Rows::new(&reconstruction, y.width())?)?;
         self.l0.update(&codes);
         self.density.update(&codes)?;
         Ok(())
@@ -127,7 +127,8 @@ mod tests {
         let backend = CpuBackend::new(sae);
         let mut meter = ReconstructionMeter::new(&backend);
         let x = [1.0, 0.0, 3.0, 0.5, 1.0, 0.0, 3.0, 0.5];
-        meter.add_held_out(Rows::new(&x, 2).unwrap()).unwrap();
+        let x = Rows::new(&x, 2).unwrap();
+        meter.add_held_out(x, x).unwrap();
         meter.add_for_density(Rows::new(&[0.0, 1.0], 2).unwrap()).unwrap();
         let report = meter.finish().unwrap();
         assert_eq!((report.n_held_out, report.n_density, report.l0), (4, 5, 1.0));

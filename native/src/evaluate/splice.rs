@@ -1,6 +1,7 @@
 //! What the language model loses when a tap's value is replaced by its reconstruction.
 //!
-//! Three passes over the same tokens: untouched, the tap replaced by `x̂`, the tap replaced by zero.
+//! Three passes over the same tokens: untouched, the tap replaced by `x̂`, the tap replaced by zero. (For a transcoder the tap
+//! that is replaced is the one it reconstructs.)
 //! Positions the autoencoder was never trained on (special tokens, dropped positions, massive activations) keep their own
 //! value in all three. Losses are compared on predictions made at a replaced position about a token at a
 //! replaced position: what nothing was done to, and special tokens to come, do not count.
@@ -9,14 +10,15 @@
 //! delta loss = CE(x̂) − CE(clean)      loss recovered = (CE(0) − CE(x̂)) / (CE(0) − CE(clean))
 //! ```
 
+use std::collections::BTreeMap;
+
 use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
-use shared::lm::{LanguageModel, LmError, Splicer, Tap, TokenBatch};
-use shared::tap::TapPoint;
+use shared::lm::{LanguageModel, LmError, Splicer, Tap, TapAction, TokenBatch};
+use shared::tap::{Site, TapPoint};
 use shared::{Rows, ShapeError};
 
-use crate::cpu::CpuBackend;
-use crate::input_limit::{InputLimit, Outliers};
+use super::Subject;
 use crate::store::Tokens;
 
 /// Measured in the language model; all losses in nats a token.
@@ -51,27 +53,20 @@ pub fn kept_positions(tokens: &Tokens, stored: impl Fn(usize, u32) -> bool) -> V
     tokens.ids.iter().enumerate().map(|(i, &id)| !stored(position(i), id)).collect()
 }
 
-/// Accumulates losses batch by batch.
+/// Accumulates the losses of any number of autoencoders batch by batch.
+///
+/// The untouched model runs once for all of them, and each goes on from the block of its tap.
 #[derive(Debug)]
 pub struct SpliceMeter<'a> {
-    backend: &'a CpuBackend,
     model: &'a LanguageModel,
-    point: TapPoint,
-    limit: InputLimit,
-    n_kept: u64,
-    totals: Totals,
+    subjects: Vec<(&'a Subject, Totals)>,
 }
 
 impl<'a> SpliceMeter<'a> {
-    /// Nothing seen yet; vectors beyond `limit` keep their own value too.
+    /// Nothing seen yet; vectors beyond a subject's limit keep their own value too.
     #[must_use]
-    pub fn new(
-        backend: &'a CpuBackend,
-        model: &'a LanguageModel,
-        point: TapPoint,
-        limit: InputLimit,
-    ) -> Self {
-        Self { backend, model, point, limit, n_kept: 0, totals: Totals::default() }
+    pub fn new(model: &'a LanguageModel, subjects: &'a [Subject]) -> Self {
+        Self { model, subjects: subjects.iter().map(|subject| (subject, Totals::default())).collect() }
     }
 
     /// Adds sequences of `length` tokens; `kept` has one entry a token.
@@ -80,41 +75,100 @@ impl<'a> SpliceMeter<'a> {
     /// If the model refuses the tokens, or tap and autoencoder do not fit.
     pub fn add(&mut self, ids: &[u32], length: usize, kept: &[bool]) -> Result<()> {
         let tokens = TokenBatch::new(ids, length)?;
-        let mut outliers = Outliers::new(self.point, self.limit);
-        let clean = self.model.forward_nll(tokens, &mut outliers)?;
-        let mut kept = kept.to_vec();
-        kept.iter_mut().zip(&outliers.long).for_each(|(kept, &long)| *kept |= long);
-        let kept = kept.as_slice();
-        self.n_kept += kept.iter().filter(|&&k| k).count() as u64;
-        let reconstruct = |x: Rows<'_>| -> Result<Vec<f32>, LmError> {
-            Ok(self.backend.encode(x).and_then(|codes| self.backend.decode(x, &codes))?)
-        };
-        let spliced = self.run(tokens, kept, reconstruct)?;
-        let zero = self.run(tokens, kept, |x| Ok::<_, LmError>(vec![0.0; x.data().len()]))?;
-        self.totals.add(&clean, &spliced, &zero, &counted(kept, length), length)?;
+        let mut seen = Untouched::of(self.subjects.iter().map(|(subject, _)| *subject));
+        let clean = self.model.forward_nll(tokens, &mut seen)?;
+        let mut without: Vec<(TapPoint, Vec<bool>, Vec<f32>)> = Vec::new();
+        for (subject, totals) in &mut self.subjects {
+            let mut kept = kept.to_vec();
+            let input = seen.value(subject.input)?;
+            kept.iter_mut().zip(input.iter()).for_each(|(kept, x)| *kept |= !subject.limit.keeps(x));
+            totals.n_kept += kept.iter().filter(|&&k| k).count() as u64;
+            let go_on = |tap: &mut dyn Tap| -> Result<Vec<f32>> {
+                let Some((before, first)) = start(subject.input) else {
+                    return Ok(self.model.forward_nll(tokens, tap)?);
+                };
+                Ok(self.model.forward_nll_from(tokens, seen.value(before)?, first, tap)?)
+            };
+            let written = subject.reconstruct(input, &kept)?;
+            let spliced = go_on(&mut Written { point: subject.output, rows: Some(written), kept: &kept })?;
+            let known = without.iter().position(|(point, mask, _)| (*point, mask) == (subject.output, &kept));
+            let known = match known {
+                Some(known) => known,
+                None => {
+                    let mut nothing = Written { point: subject.output, rows: None, kept: &kept };
+                    without.push((subject.output, kept.clone(), go_on(&mut nothing)?));
+                    without.len() - 1
+                }
+            };
+            totals.add(&clean, &spliced, &without[known].2, &counted(&kept, length), length)?;
+        }
         Ok(())
     }
 
-    fn run(
-        &self,
-        tokens: TokenBatch<'_>,
-        kept: &[bool],
-        replace: impl FnMut(Rows<'_>) -> Result<Vec<f32>, LmError>,
-    ) -> Result<Vec<f32>> {
-        let mut seen = Seen { inner: Splicer::new(self.point, kept.to_vec(), replace), visited: false };
-        let losses = self.model.forward_nll(tokens, &mut seen)?;
-        if !seen.visited {
-            bail!("the model has no tap {}, so nothing could be spliced", self.point);
-        }
-        Ok(losses)
-    }
-
-    /// The report.
+    /// The reports, in the order of the subjects.
     ///
     /// # Errors
     /// If there was nothing to compare.
-    pub fn finish(self) -> Result<SpliceReport> {
-        self.totals.report(self.n_kept)
+    pub fn finish(self) -> Result<Vec<SpliceReport>> {
+        self.subjects.iter().map(|(_, totals)| totals.report()).collect()
+    }
+}
+
+/// The tap that holds the residual stream a block reads, and the block, from which on everything at `point` can be run
+/// again; none for the embedding, which is the beginning.
+fn start(point: TapPoint) -> Option<(TapPoint, usize)> {
+    match (point.site, point.layer) {
+        (Site::Embed, _) => None,
+        (_, 0) => Some((TapPoint::new(Site::Embed, 0), 0)),
+        (_, layer) => Some((TapPoint::new(Site::Resid, layer - 1), layer)),
+    }
+}
+
+/// Values of the untouched model: the inputs of autoencoders, and where to go on from.
+struct Untouched(BTreeMap<TapPoint, (usize, Vec<f32>)>);
+
+impl Untouched {
+    fn of<'s>(subjects: impl Iterator<Item = &'s Subject>) -> Self {
+        let points = subjects.flat_map(|s| [Some(s.input), start(s.input).map(|(before, _)| before)]);
+        Self(points.flatten().map(|point| (point, (0, Vec::new()))).collect())
+    }
+
+    fn value(&self, point: TapPoint) -> Result<Rows<'_>> {
+        match self.0.get(&point) {
+            Some((width, rows)) if *width > 0 => Ok(Rows::new(rows, *width)?),
+            _ => bail!("the model has no tap {point}, so nothing could be spliced"),
+        }
+    }
+}
+
+impl Tap for Untouched {
+    fn wants(&self, point: TapPoint) -> bool {
+        self.0.contains_key(&point)
+    }
+
+    fn visit(&mut self, point: TapPoint, value: Rows<'_>) -> Result<TapAction, LmError> {
+        self.0.insert(point, (value.width(), value.data().to_vec()));
+        Ok(TapAction::Keep)
+    }
+}
+
+/// Puts rows, or zeros, in the place of what is at `point`, except at kept positions.
+struct Written<'k> {
+    point: TapPoint,
+    /// One a position that is not kept.
+    rows: Option<Vec<f32>>,
+    kept: &'k [bool],
+}
+
+impl Tap for Written<'_> {
+    fn wants(&self, point: TapPoint) -> bool {
+        point == self.point
+    }
+
+    fn visit(&mut self, point: TapPoint, value: Rows<'_>) -> Result<TapAction, LmError> {
+        let mut rows = self.rows.take();
+        let replace = |x: Rows<'_>| Ok(rows.take().unwrap_or_else(|| vec![0.0; x.data().len()]));
+        Splicer::new(point, self.kept.to_vec(), replace).visit(point, value)
     }
 }
 
@@ -123,26 +177,10 @@ fn counted(kept: &[bool], length: usize) -> Vec<bool> {
     kept.chunks(length.max(1)).flat_map(|s| s.windows(2).map(|w| !w[0] && !w[1])).collect()
 }
 
-/// A tap that remembers whether the model ever asked it.
-struct Seen<T> {
-    inner: T,
-    visited: bool,
-}
-
-impl<T: Tap> Tap for Seen<T> {
-    fn wants(&self, point: TapPoint) -> bool {
-        self.inner.wants(point)
-    }
-
-    fn visit(&mut self, point: TapPoint, value: Rows<'_>) -> Result<shared::lm::TapAction, LmError> {
-        self.visited = true;
-        self.inner.visit(point, value)
-    }
-}
-
 /// Sums of losses and of per-sequence differences.
 #[derive(Debug, Default)]
 struct Totals {
+    n_kept: u64,
     n: u64,
     clean: f64,
     spliced: f64,
@@ -185,7 +223,7 @@ impl Totals {
         Ok(())
     }
 
-    fn report(&self, n_kept: u64) -> Result<SpliceReport> {
+    fn report(&self) -> Result<SpliceReport> {
         if self.n == 0 {
             bail!("no predictions to compare: give more held-out sequences");
         }
@@ -197,7 +235,7 @@ impl Totals {
         Ok(SpliceReport {
             n_sequences: self.differences.len(),
             n_predictions: self.n,
-            n_kept,
+            n_kept: self.n_kept,
             ce_clean: clean,
             ce_spliced: spliced,
             ce_zero: zero,
@@ -223,12 +261,12 @@ mod tests {
 
     #[test]
     fn totals_follow_the_definitions_and_the_mask() {
-        let mut totals = Totals::default();
+        let mut totals = Totals { n_kept: 2, ..Totals::default() };
         let counted = [true, false, true, true];
         totals
             .add(&[1.0, 99.0, 2.0, 3.0], &[1.5, 0.0, 2.5, 4.5], &[5.0, 0.0, 6.0, 7.0], &counted, 3)
             .unwrap();
-        let report = totals.report(2).unwrap();
+        let report = totals.report().unwrap();
         assert_eq!((report.n_sequences, report.n_predictions, report.n_kept), (2, 3, 2));
         assert_eq!((report.ce_clean, report.ce_zero), (2.0, 6.0));
         assert!((report.delta_loss - 2.5 / 3.0).abs() < 1e-12);
@@ -239,7 +277,7 @@ mod tests {
 
     #[test]
     fn nothing_and_nonsense_are_errors() {
-        assert!(Totals::default().report(0).is_err());
+        assert!(Totals::default().report().is_err());
         let mut totals = Totals::default();
         assert!(totals.add(&[1.0], &[1.0, 2.0], &[1.0], &[true], 2).is_err());
         assert!(totals.add(&[1.0], &[f32::NAN], &[1.0], &[true], 2).is_err());

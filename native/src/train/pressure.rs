@@ -18,9 +18,9 @@ use super::schedule::ramp;
 /// λ of a steered penalty at the start: near where runs on normalised data end.
 const FIRST_LAMBDA: f64 = 0.03;
 /// How far ln λ moves in a step for each unit of ln(L0 / L0*), for good.
-const INTEGRAL: f64 = 0.02;
+const INTEGRAL: f64 = 0.1;
 /// How far it is moved for as long as the error lasts. L0 answers to λ late; without this it swings.
-const PROPORTIONAL: f64 = 1.0;
+const PROPORTIONAL: f64 = 3.0;
 /// The largest |ln(L0 / L0*)| that is taken at its word.
 const LARGEST_ERROR: f64 = 1.0;
 /// Batches whose norms decide how λ is rescaled when p changes.

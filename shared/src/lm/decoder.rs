@@ -1,7 +1,7 @@
 //! The decoder, written once: what a transformer computes, where it is tapped, when it stops.
 
-use crate::Rows;
 use crate::tap::{Site, TapPoint};
+use crate::{Rows, ShapeError};
 
 use super::candle::CandleOps;
 use super::ops::{Affine, Heads, Ops, QkNorm};
@@ -106,9 +106,37 @@ impl<O: Ops> Decoder<O> {
     /// As [`Decoder::forward`].
     pub fn forward_nll(&self, tokens: TokenBatch<'_>, tap: &mut dyn Tap) -> Result<Vec<f32>, LmError> {
         let h = self.blocks(tokens, tap, self.spec.n_layers - 1)?;
+        self.losses(tokens, &h)
+    }
+
+    /// As [`Decoder::forward_nll`], but from block `first` on, given the residual stream it reads, `[batch · seq, d_model]`
+    /// (of [`Site::Resid`] of the block before, or of [`Site::Embed`]). Taps before that block are not visited.
+    ///
+    /// # Errors
+    /// As [`Decoder::forward`], or if `residual` is of another shape.
+    pub fn forward_nll_from(
+        &self,
+        tokens: TokenBatch<'_>,
+        residual: Rows<'_>,
+        first: usize,
+        tap: &mut dyn Tap,
+    ) -> Result<Vec<f32>, LmError> {
+        residual.expect_width("residual", self.spec.d_model)?;
+        let (expected, found) = (tokens.n_tokens(), residual.n_rows());
+        if expected != found {
+            let shape = vec![expected];
+            return Err(ShapeError::Length { name: "residual", shape, expected, found }.into());
+        }
+        let h = self.ops.upload(residual.data().to_vec(), self.spec.d_model)?;
+        let h = self.run_blocks(tokens.seq(), h, first..self.spec.n_layers, tap)?;
+        self.losses(tokens, &h)
+    }
+
+    /// Next-token losses of the last block's residual stream.
+    fn losses(&self, tokens: TokenBatch<'_>, h: &O::Rows) -> Result<Vec<f32>, LmError> {
         let (ids, seq) = (tokens.ids(), tokens.seq());
         let mut losses = Vec::with_capacity(tokens.batch() * (seq - 1));
-        self.unembed(&h, tokens.n_tokens(), |first, rows| {
+        self.unembed(h, tokens.n_tokens(), |first, rows| {
             for (i, row) in rows.iter().enumerate() {
                 if (first + i + 1) % seq != 0 {
                     losses.push(token_nll(row, ids[first + i + 1]));
@@ -157,18 +185,29 @@ impl<O: Ops> Decoder<O> {
         if let Some(position) = tokens.ids().iter().position(|&id| id as usize >= vocab_size) {
             return Err(LmError::TokenId { id: tokens.ids()[position], position, vocab_size });
         }
+        let h = self.embed(tokens)?;
+        let h = self.tapped(tap, TapPoint::new(Site::Embed, 0), h)?;
+        self.run_blocks(tokens.seq(), h, 0..last + 1, tap)
+    }
+
+    /// The residual stream after the last of `layers`, from the one before the first.
+    fn run_blocks(
+        &self,
+        seq: usize,
+        mut h: O::Rows,
+        layers: std::ops::Range<usize>,
+        tap: &mut dyn Tap,
+    ) -> Result<O::Rows, LmError> {
         let attention = &self.spec.attention;
-        let rope = self.ops.rope(&attention.rope.inverse_frequencies(), tokens.seq())?;
+        let rope = self.ops.rope(&attention.rope.inverse_frequencies(), seq)?;
         let local_rope = match &attention.local_rope {
-            Some(local) => Some(self.ops.rope(&local.inverse_frequencies(), tokens.seq())?),
+            Some(local) => Some(self.ops.rope(&local.inverse_frequencies(), seq)?),
             None => None,
         };
-        let h = self.embed(tokens)?;
-        let mut h = self.tapped(tap, TapPoint::new(Site::Embed, 0), h)?;
-        for (layer, block) in self.blocks.iter().enumerate().take(last + 1) {
+        for (layer, block) in self.blocks.iter().enumerate().take(layers.end).skip(layers.start) {
             let slides = attention.windows.get(layer).is_some_and(Option::is_some);
             let rope = local_rope.as_ref().filter(|_| slides).unwrap_or(&rope);
-            h = self.block(block, layer, h, rope, tokens.seq(), tap)?;
+            h = self.block(block, layer, h, rope, seq, tap)?;
         }
         Ok(h)
     }
