@@ -7,8 +7,6 @@
 use std::borrow::Cow;
 
 use shared::Rows;
-use shared::lm::{LmError, Tap, TapAction};
-use shared::tap::TapPoint;
 
 use crate::sae_files::SaeFile;
 
@@ -53,34 +51,6 @@ impl InputLimit {
     }
 }
 
-/// A tap that only looks: which rows at `point` exceed the limit.
-#[derive(Debug)]
-pub struct Outliers {
-    point: TapPoint,
-    limit: InputLimit,
-    /// One entry a row, in the order of the pass.
-    pub long: Vec<bool>,
-}
-
-impl Outliers {
-    /// Nothing seen yet.
-    #[must_use]
-    pub fn new(point: TapPoint, limit: InputLimit) -> Self {
-        Self { point, limit, long: Vec::new() }
-    }
-}
-
-impl Tap for Outliers {
-    fn wants(&self, point: TapPoint) -> bool {
-        point == self.point && self.limit.norm().is_some()
-    }
-
-    fn visit(&mut self, _point: TapPoint, value: Rows<'_>) -> Result<TapAction, LmError> {
-        self.long.extend(value.iter().map(|x| !self.limit.keeps(x)));
-        Ok(TapAction::Keep)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -93,8 +63,5 @@ mod tests {
         assert_eq!(limit.within(rows.slice(0, 2)).as_ref(), &data[..2]);
         assert_eq!(limit.within(rows).len(), 4, "what is not finite is not hidden");
         assert!(matches!(InputLimit::NONE.within(rows), Cow::Borrowed(all) if all.len() == 6));
-        let mut outliers = Outliers::new(TapPoint { site: shared::tap::Site::Resid, layer: 1 }, limit);
-        assert!(outliers.visit(outliers.point, rows.slice(0, 2)).is_ok());
-        assert_eq!(outliers.long, [false, true]);
     }
 }
