@@ -1,13 +1,15 @@
 //! `stratascope eval`.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
 use shared::Precision;
 use shared::config::Count;
 
-use crate::evaluate::{self, Options, plot, report};
+use crate::evaluate::compare::{self, Named};
+use crate::evaluate::{self, EvalReport, Options, plot, report};
 use crate::stop::StopFlag;
 use crate::store::Store;
 use crate::{files, model, sae_files};
@@ -17,14 +19,20 @@ use crate::{files, model, sae_files};
 #[command(after_help = "\
 Writes eval.json, eval.md and density.svg into --out. L0 and FVU are measured on the store's held-out vectors. \
 With --model, held-out text is run through the language model three times: untouched, with the tap replaced by \
-its reconstruction, and with the tap set to zero. Special tokens and dropped positions keep their own activations.
+its reconstruction, and with the tap set to zero. Special tokens and dropped positions keep their own activations. \
+A transcoder is measured on, and put in the place of, the tap it reconstructs.
 
-Example:
-  stratascope eval --sae runs/a --store store --model SmolLM2.gguf --out runs/a/eval")]
+Of several autoencoders each gets a folder in --out, named by the last part of its path; compare.md and pareto.svg show all. \
+Those whose names differ only in a number at the end (topk-20, topk-40) are one line of the plot.
+
+Examples:
+  stratascope eval --sae runs/a --store store --model SmolLM2.gguf --out runs/a/eval
+  stratascope eval --sae runs/* --store store --model SmolLM2.gguf --out evals")]
 pub(crate) struct Args {
-    /// The autoencoder: a folder or file of any format that can be read.
-    #[arg(long, value_name = "PATH")]
-    sae: PathBuf,
+    /// The autoencoder: a folder or file of any format that can be read. Several are measured together, which costs one
+    /// reading of the store and one run of the untouched model, and compared.
+    #[arg(long, value_name = "PATH", num_args = 1.., required = true)]
+    sae: Vec<PathBuf>,
     /// The activation store made by `harvest`: a folder, or s3://bucket/prefix or gs://bucket/prefix.
     #[arg(long, value_name = "DIR")]
     store: PathBuf,
@@ -49,23 +57,81 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let file = sae_files::read(&args.sae).context("cannot read the autoencoder")?;
+    let names = names(&args.sae)?;
+    let read = |path: &PathBuf| {
+        sae_files::read(path).with_context(|| format!("cannot read the autoencoder {}", path.display()))
+    };
+    let files = args.sae.iter().map(read).collect::<Result<Vec<_>>>()?;
     let store = Store::open(&args.store).context("cannot open the store")?;
     let precision = args.precision.unwrap_or(store.manifest().model.precision);
     let model = args.model.as_deref().map(|path| model::load_as(path, precision)).transpose();
     let model = model.context("cannot load the language model")?;
     let options = Options { sequences: args.sequences, density_tokens: args.density_tokens.0 };
-    let result = evaluate::evaluate(&file, &store, model.as_ref(), &options, &StopFlag::from_signals()?)?;
-    let measured = &result.reconstruction;
-    let title = format!("{} {}", result.model, result.tap);
-    let svg = plot::density_svg(&title, &measured.density_histogram, measured.dead_share)?;
-    let markdown = report::markdown(&result);
-    let mut json = serde_json::to_vec_pretty(&result)?;
-    json.push(b'\n');
-    files::write_bytes(&args.out.join("density.svg"), svg.as_bytes())?;
-    files::write_bytes(&args.out.join("eval.md"), markdown.as_bytes())?;
-    files::write_bytes(&args.out.join("eval.json"), &json)?;
+    let stop = StopFlag::from_signals()?;
+    let reports = evaluate::evaluate_all(&files, &store, model.as_ref(), &options, &stop)?;
     let mut out = std::io::stdout().lock();
-    out.write_all(if args.json { &json } else { markdown.as_bytes() })?;
+    if let ([_], [report]) = (&names[..], &reports[..]) {
+        write_one(report, &args.out)?;
+        if args.json {
+            return Ok(out.write_all(&json(report)?)?);
+        }
+        return Ok(out.write_all(report::markdown(report).as_bytes())?);
+    }
+    let all: Vec<Named> =
+        names.into_iter().zip(reports).map(|(name, report)| Named { name, report }).collect();
+    for Named { name, report } in &all {
+        write_one(report, &args.out.join(name))?;
+    }
+    let table = compare::markdown(&all);
+    files::write_bytes(&args.out.join("pareto.svg"), compare::pareto_svg(&all)?.as_bytes())?;
+    files::write_bytes(&args.out.join("compare.md"), table.as_bytes())?;
+    if !args.json {
+        return Ok(out.write_all(table.as_bytes())?);
+    }
+    for Named { name, report } in &all {
+        writeln!(out, "{}", json!({ "name": name, "report": report }))?;
+    }
     Ok(())
+}
+
+/// What each autoencoder is called: the last part of its path.
+fn names(paths: &[PathBuf]) -> Result<Vec<String>> {
+    let mut names: Vec<String> = Vec::new();
+    for path in paths {
+        let last = path.canonicalize().unwrap_or_else(|_| path.clone());
+        let name = last.file_name().map_or_else(|| "sae".to_owned(), |n| n.to_string_lossy().into_owned());
+        ensure!(
+            !names.contains(&name),
+            "two autoencoders are called {name}; results are kept by the last part of a path, so those must differ"
+        );
+        names.push(name);
+    }
+    Ok(names)
+}
+
+fn json(report: &EvalReport) -> Result<Vec<u8>> {
+    let mut json = serde_json::to_vec_pretty(report)?;
+    json.push(b'\n');
+    Ok(json)
+}
+
+fn write_one(report: &EvalReport, folder: &Path) -> Result<()> {
+    let measured = &report.reconstruction;
+    let title = format!("{} {}", report.model, report.tap);
+    let svg = plot::density_svg(&title, &measured.density_histogram, measured.dead_share)?;
+    files::write_bytes(&folder.join("density.svg"), svg.as_bytes())?;
+    files::write_bytes(&folder.join("eval.md"), report::markdown(report).as_bytes())?;
+    files::write_bytes(&folder.join("eval.json"), &json(report)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_are_kept_by_name() {
+        let paths = |paths: &[&str]| names(&paths.iter().map(PathBuf::from).collect::<Vec<_>>());
+        assert_eq!(paths(&["runs/a", "b/average_l0_71"]).unwrap(), ["a", "average_l0_71"]);
+        assert!(paths(&["x/a", "y/a"]).unwrap_err().to_string().contains("called a;"));
+    }
 }

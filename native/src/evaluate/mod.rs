@@ -1,9 +1,10 @@
 //! Measuring a trained autoencoder on held-out activations and spliced into its language model.
 //!
 //! [`reconstruction`] owns what needs only activation vectors (L0, FVU, dead share, density),
-//! [`splice`] what needs the language model (delta loss, loss recovered); [`report`] prints both and
-//! [`plot`] draws the density histogram. Definitions follow Gemma Scope (arXiv 2408.05147 §4).
+//! [`splice`] what needs the language model (delta loss, loss recovered); [`report`] prints both,
+//! [`plot`] draws the density histogram and [`compare`] puts several side by side. Definitions follow Gemma Scope (arXiv 2408.05147 §4).
 
+pub mod compare;
 pub mod plot;
 pub mod reconstruction;
 pub mod report;

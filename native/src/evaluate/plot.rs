@@ -6,8 +6,8 @@ use shared::pack::DensityHistogram;
 
 const SIZE: (u32, u32) = (760, 420);
 const BAR: RGBColor = RGBColor(47, 111, 183);
-const INK: RGBColor = RGBColor(51, 51, 51);
-const GRID: RGBColor = RGBColor(225, 225, 225);
+pub(super) const INK: RGBColor = RGBColor(51, 51, 51);
+pub(super) const GRID: RGBColor = RGBColor(225, 225, 225);
 
 /// Latents by `log10(density)`; `dead_share` goes into the caption because dead latents are in no bin.
 ///

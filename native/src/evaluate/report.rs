@@ -45,10 +45,10 @@ pub fn markdown(report: &EvalReport) -> String {
     out
 }
 
-fn optional(value: Option<f64>, digits: usize) -> String {
+pub(super) fn optional(value: Option<f64>, digits: usize) -> String {
     value.map_or_else(|| "–".to_owned(), |v| format!("{v:.digits$}"))
 }
 
-fn percent(share: f64) -> String {
+pub(super) fn percent(share: f64) -> String {
     format!("{:.2} %", 100.0 * share)
 }

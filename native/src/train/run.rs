@@ -240,9 +240,10 @@ impl<'a> Run<'a> {
         let earlier = checkpoint::load_earlier(&self.out, self.config, widths, &self.identity)?;
         let earlier = earlier.with_context(|| {
             format!(
-                "the first {} batches could not be learned from, and there is nothing earlier to go back to: look at the \
-                 data, or train with a lower lr",
-                self.state.guard.skipped
+                "batches could not be learned from since step {}, and there is no checkpoint of an earlier step to go back \
+                 to (checkpoint_every is {}): look at the data, or train with a lower lr",
+                self.state.trainer.step,
+                self.config.checkpoint_every
             )
         })?;
         let step = earlier.trainer.step;
