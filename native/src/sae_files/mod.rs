@@ -4,6 +4,7 @@
 
 mod found;
 mod named;
+mod part;
 
 use std::fs::{self, File};
 use std::io::{BufReader, Cursor};
@@ -127,7 +128,8 @@ fn read_local(path: &Path) -> Result<SaeFile> {
                 .map(both)
         }
         Found::Mlsae { config, weights } => {
-            mlsae::read(&bytes(&config)?, &bytes(&weights)?).with_context(wrong).map(both)
+            let weights = part::tensors(&weights, mlsae::is_weight)?;
+            mlsae::read(&bytes(&config)?, &weights).with_context(wrong).map(both)
         }
         Found::OpenMoss { config, weights } => {
             openmoss::read(&bytes(&config)?, &bytes(&weights)?).with_context(wrong).map(both)

@@ -18,6 +18,8 @@ use crate::tap::{Site, TapPoint};
 pub const CONFIG: &str = "config.json";
 /// The name of the weight file.
 pub const WEIGHTS: &str = "model.safetensors";
+/// What stands before the names of tensors where a language model's stand beside them.
+const PREFIX: &str = "autoencoder.";
 /// Under which metadata keeps a foreign configuration.
 const PROVENANCE: &str = "mlsae";
 
@@ -28,6 +30,13 @@ pub fn is_mlsae(config: &[u8]) -> bool {
     let with_model = ["model_name", "expansion_factor", "k"];
     serde_json::from_slice::<Map<String, Value>>(config)
         .is_ok_and(|map| [alone, with_model].iter().any(|keys| keys.iter().all(|key| map.contains_key(*key))))
+}
+
+/// Whether a tensor of this name is one that [`read`] reads; the language model's are not.
+#[must_use]
+pub fn is_weight(name: &str) -> bool {
+    let name = name.strip_prefix(PREFIX).unwrap_or(name);
+    matches!(name, "encoder.weight" | "decoder.weight" | "pre_encoder_bias")
 }
 
 /// Reads the two files.
@@ -53,8 +62,8 @@ pub fn read(config: &[u8], weights: &[u8]) -> Result<(Sae, SaeMetadata), FormatE
         count.ok_or_else(|| FormatError::field(CONFIG, key, "a whole number", value))
     };
     let file = TensorFile::open(WEIGHTS, weights)?;
-    let with_model = file.has("autoencoder.encoder.weight");
-    let name = |name: &str| if with_model { format!("autoencoder.{name}") } else { name.to_owned() };
+    let with_model = file.has(&format!("{PREFIX}encoder.weight"));
+    let name = |name: &str| if with_model { format!("{PREFIX}{name}") } else { name.to_owned() };
     let (n, d, w_enc) = file.matrix(&name("encoder.weight"))?;
     // With a language model beside it, the autoencoder's sizes follow from the model's.
     let said = if with_model && !cfg.contains_key("n_latents") {
