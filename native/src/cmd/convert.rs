@@ -10,7 +10,8 @@ use crate::sae_files::{self, SaeFormat};
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Pre-encoder biases, gates and decoder-norm scaling are folded into the weights on reading, so what is written \
-reads raw activations. A format that cannot hold the autoencoder is refused, and nothing is written. \
+reads raw activations; skip connections and vectors normalised one by one are kept. A format that cannot hold \
+the autoencoder is refused, and nothing is written. \
 docs/formats.md says what each format holds; Gemma Scope and OpenAI files have no place for metadata.
 
 Examples:

@@ -20,7 +20,8 @@ const LARGEST_OUTPUT: u64 = 64 << 30;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Reads `x` [n, d_in] (f32, f16, bf16 or f64) and writes, in f32, `features` [n, width], dense, and \
-`reconstruction` [n, d_out]. The active set is that of exact arithmetic.
+`reconstruction` [n, d_out]. The active set is that of exact arithmetic. Where an autoencoder normalises vectors one by one, \
+features are in the units of the normalised vector, reconstructions in those of the given one.
 
 Example:
   stratascope encode --sae gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71 --input x.safetensors --out codes.safetensors")]
