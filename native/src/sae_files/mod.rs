@@ -195,6 +195,21 @@ pub fn write(path: &Path, format: SaeFormat, file: &SaeFile) -> Result<()> {
     }
 }
 
+/// Writes what was trained as a SAELens folder at `path`. A top-k transcoder, which SAELens does not have, is written in the
+/// same layout all the same, with a warning: this program reads it.
+///
+/// # Errors
+/// If the disk refuses.
+pub fn release(path: &Path, file: &SaeFile) -> Result<()> {
+    let folder = saelens::write(&file.sae, &file.metadata).or_else(|error| {
+        let own = saelens::write_own(&file.sae, &file.metadata)?;
+        tracing::warn!("{} can be read by this program only: {error}", path.display());
+        Ok::<_, FormatError>(own)
+    })?;
+    files::write_bytes(&path.join(saelens::WEIGHTS), &folder.weights)?;
+    files::write_bytes(&path.join(saelens::CONFIG), &folder.config)
+}
+
 /// Writes the one file of a format: at `path` if it ends in `extension`, else as `name` in the folder `path`.
 fn single(
     path: &Path,

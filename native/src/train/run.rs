@@ -31,7 +31,7 @@ use super::step::{Settings, Trainer};
 use crate::cpu::CpuBackend;
 use crate::files::write_bytes;
 use crate::input_limit;
-use crate::sae_files::{SaeFile, SaeFormat, write as write_sae};
+use crate::sae_files::{SaeFile, release};
 
 /// Held-out vectors that the final metrics are taken on.
 const HELD_OUT_ROWS: usize = 20_000;
@@ -337,7 +337,7 @@ impl<'a> Run<'a> {
         metadata.provenance.insert("training".to_owned(), json!(self.config));
         metadata.provenance.insert(input_limit::PROVENANCE_KEY.to_owned(), json!(self.max_input_norm()));
         metadata.provenance.insert("data".to_owned(), data.clone());
-        write_sae(&self.out, SaeFormat::SaeLens, &SaeFile { sae, metadata })?;
+        release(&self.out, &SaeFile { sae, metadata })?;
         checkpoint::save(&self.out, &self.state, &self.identity)?;
         let file = RunFile {
             writer: format!("stratascope {}", env!("CARGO_PKG_VERSION")),

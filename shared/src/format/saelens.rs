@@ -126,9 +126,22 @@ fn scale_decoder(file: &TensorFile<'_>, parts: &mut SaeParts, n: usize) -> Resul
 /// # Errors
 /// If SAELens has no such architecture (a top-k transcoder), or rows are scaled as SAELens does not.
 pub fn write(sae: &Sae, metadata: &SaeMetadata) -> Result<Folder, FormatError> {
+    folder(sae, metadata, false)
+}
+
+/// As [`write`], and top-k transcoders in the same layout under names of our own, which [`read`] reads and SAELens refuses:
+/// what was trained can always be saved.
+///
+/// # Errors
+/// If rows are scaled as SAELens does not.
+pub fn write_own(sae: &Sae, metadata: &SaeMetadata) -> Result<Folder, FormatError> {
+    folder(sae, metadata, true)
+}
+
+fn folder(sae: &Sae, metadata: &SaeMetadata, own: bool) -> Result<Folder, FormatError> {
     let dims = sae.dims();
     let (d_in, d_out, n) = (dims.d_in, dims.d_out, dims.n_latents);
-    let config = saelens_config::write(sae, metadata)?;
+    let config = saelens_config::write(sae, metadata, own)?;
     let mut config = serde_json::to_vec_pretty(&config).map_err(|e| FormatError::container(CONFIG, e))?;
     config.push(b'\n');
     let w_enc = transpose(sae.w_enc(), n, d_in);
@@ -222,7 +235,13 @@ mod tests {
                 read_metadata
             );
         }
-        assert!(write(&sae(Activation::TopK { k: 2 }, 2), &metadata).is_err());
+        let top_k = sae(Activation::TopK { k: 2 }, 2);
+        assert!(write(&top_k, &metadata).is_err());
+        let skip = Sae::new(SaeParts { w_skip: Some(vec![0.5; 6]), ..top_k.clone().into_parts() }).unwrap();
+        for sae in [top_k, skip] {
+            let own = write_own(&sae, &metadata).unwrap();
+            assert_eq!(read(&own.config, &own.weights).unwrap().0, sae);
+        }
     }
 
     #[test]

@@ -11,6 +11,10 @@ use crate::sae::{Activation, Sae};
 /// The name of the configuration file in messages and on disk.
 pub const CONFIG: &str = "cfg.json";
 
+/// Architectures that SAELens does not have, and refuses by name: a program that trains them still has to save them.
+const TOP_K_TRANSCODER: &str = "topk_transcoder";
+const TOP_K_SKIP_TRANSCODER: &str = "topk_skip_transcoder";
+
 /// The release whose layout is written.
 const LAYOUT_VERSION: &str = "6.54.12";
 
@@ -173,7 +177,7 @@ fn kind(cfg: &Map<String, Value>) -> Result<Kind, FormatError> {
         Some("skip_transcoder") => of(Architecture::Standard, true, true),
         Some("jumprelu_transcoder") => of(Architecture::JumpRelu, true, false),
         Some("jumprelu_skip_transcoder") => of(Architecture::JumpRelu, true, true),
-        Some("topk") => {
+        Some(name @ ("topk" | TOP_K_TRANSCODER | TOP_K_SKIP_TRANSCODER)) => {
             let k = required(cfg, "k")?;
             let by_decoder_norm = match cfg.get("rescale_acts_by_decoder_norm") {
                 None | Some(Value::Null) => false,
@@ -187,7 +191,7 @@ fn kind(cfg: &Map<String, Value>) -> Result<Kind, FormatError> {
                     ));
                 }
             };
-            of(Architecture::TopK { k, by_decoder_norm }, false, false)
+            of(Architecture::TopK { k, by_decoder_norm }, name != "topk", name == TOP_K_SKIP_TRANSCODER)
         }
         Some(other) => return Err(FormatError::field(CONFIG, "architecture", WANTED, other)),
         None => return Err(FormatError::field(CONFIG, "architecture", WANTED, "nothing")),
@@ -247,11 +251,11 @@ fn metadata(mut cfg: Map<String, Value>) -> Result<SaeMetadata, FormatError> {
     Ok(SaeMetadata { model_name, tap, target, hook_name, context_size, prepend_bos, provenance })
 }
 
-/// The `cfg.json` of version 6 for an autoencoder of these sizes.
+/// The `cfg.json` of version 6 for an autoencoder; with `own` also for one that SAELens has no architecture for.
 ///
 /// # Errors
 /// If SAELens has no such architecture, or scales rows in no such way.
-pub(super) fn write(sae: &Sae, metadata: &SaeMetadata) -> Result<Value, FormatError> {
+pub(super) fn write(sae: &Sae, metadata: &SaeMetadata, own: bool) -> Result<Value, FormatError> {
     let dims = sae.dims();
     let mut ours = metadata.provenance.clone();
     let foreign = match ours.remove("saelens") {
@@ -272,9 +276,11 @@ pub(super) fn write(sae: &Sae, metadata: &SaeMetadata) -> Result<Value, FormatEr
             (Activation::JumpRelu { .. }, true, false) => "jumprelu_transcoder",
             (Activation::JumpRelu { .. }, true, true) => "jumprelu_skip_transcoder",
             (Activation::TopK { .. }, false, _) => "topk",
-            (Activation::TopK { .. }, true, _) => {
+            (Activation::TopK { .. }, true, _) if !own => {
                 return Err(FormatError::field(CONFIG, "architecture", "an architecture SAELens has", "a top-k transcoder"));
             }
+            (Activation::TopK { .. }, true, false) => TOP_K_TRANSCODER,
+            (Activation::TopK { .. }, true, true) => TOP_K_SKIP_TRANSCODER,
         },
         "d_in": dims.d_in,
         "d_sae": dims.n_latents,
