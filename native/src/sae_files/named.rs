@@ -116,8 +116,12 @@ fn closest(repo: &Repo, parent: &str) -> Result<String> {
     }
 }
 
-/// The model and the tap of a first-edition release, such as `google/gemma-scope-9b-it-res` with `layer_20/…`.
+/// The model and the tap of a release, such as `google/gemma-scope-9b-it-res` with `layer_20/…`, or of the second edition
+/// `google/gemma-scope-2-1b-pt` with `resid_post/layer_7_…`.
 fn gemma_scope_source(repo: &str, folder: &str) -> Option<(String, Option<TapPoint>)> {
+    if let Some(model) = repo.strip_prefix("google/gemma-scope-2-") {
+        return Some((second_edition_model(model)?, second_edition_tap(folder)));
+    }
     let mut words = repo.strip_prefix("google/gemma-scope-")?.split('-');
     let (size, tuning, site, end) = (words.next()?, words.next()?, words.next()?, words.next());
     let site = match site {
@@ -137,6 +141,30 @@ fn gemma_scope_source(repo: &str, folder: &str) -> Option<(String, Option<TapPoi
     }
     let layer = folder.strip_prefix("layer_").and_then(|rest| rest.split('/').next()?.parse().ok());
     Some((model, layer.map(|layer| TapPoint::new(site, layer))))
+}
+
+/// `1b-pt` is of `google/gemma-3-1b-pt`; the smallest model has no `-pt` in its name on the hub.
+fn second_edition_model(size_and_tuning: &str) -> Option<String> {
+    let (size, tuning) = size_and_tuning.split_once('-')?;
+    match (size, tuning) {
+        ("270m", "pt") => Some("google/gemma-3-270m".to_owned()),
+        (_, "pt" | "it") => Some(format!("google/gemma-3-{size}-{tuning}")),
+        _ => None,
+    }
+}
+
+/// Of `resid_post/layer_7_width_16k_l0_small` and the like; what transcoders read is none of our taps, for it is with the
+/// gain of the norm before the MLP.
+fn second_edition_tap(folder: &str) -> Option<TapPoint> {
+    let (kind, name) = folder.split_once('/')?;
+    let site = match kind.trim_end_matches("_all") {
+        "resid_post" => Site::Resid,
+        "attn_out" => Site::Attn,
+        "mlp_out" => Site::Mlp,
+        _ => return None,
+    };
+    let layer = name.strip_prefix("layer_")?.split('_').next()?.parse().ok()?;
+    Some(TapPoint::new(site, layer))
 }
 
 #[cfg(test)]
@@ -236,6 +264,16 @@ mod tests {
         let known = source("google/gemma-scope-9b-it-att", "layer_9/width_16k/canonical");
         assert_eq!(known, Some(("google/gemma-2-9b-it".to_owned(), Some("attn.9".to_owned()))));
         assert_eq!(source("google/gemma-scope-2b-pt-res", "embedding/width_4k").unwrap().1, None);
-        assert_eq!(source("google/gemma-scope-2-1b-pt", "resid_post/layer_7_width_16k_l0_small"), None);
+        let second = |model: &str, folder: &str| source(&format!("google/gemma-scope-2-{model}"), folder);
+        let named = |model: &str, tap: Option<&str>| Some((model.to_owned(), tap.map(str::to_owned)));
+        assert_eq!(
+            second("1b-it", "attn_out_all/layer_17_width_16k_l0_small"),
+            named("google/gemma-3-1b-it", Some("attn.17"))
+        );
+        assert_eq!(
+            second("270m-pt", "transcoder/layer_5_width_16k_l0_big"),
+            named("google/gemma-3-270m", None)
+        );
+        assert_eq!(second("1b", "resid_post/layer_5"), None);
     }
 }
