@@ -66,7 +66,7 @@ impl Tap for ByHand<'_> {
         let written = reference::decode(&self.file.sae, x, &codes).unwrap();
         let rows = value.data().chunks(value.width()).zip(written.chunks(value.width())).zip(self.kept);
         Ok(TapAction::Replace(
-            rows.flat_map(|((own, new), kept)| if *kept { own } else { new }).map(|v| *v as f32).collect(),
+            rows.flat_map(|((own, new), kept)| if *kept { own } else { new }).copied().collect(),
         ))
     }
 }
