@@ -3,6 +3,7 @@
 
 use native::train::{Betas, Latents, Params, Settings, Tensors, Trainer};
 use shared::Rows;
+use shared::config::train::EncoderPrecision;
 use shared::loss::{
     AuxK, DeadPull, Gradients, Latents as Reference, MultiTopK, Objective, Parametrisation, Prefix, Sparsity,
     TrainSae, normalise, remove_parallel,
@@ -355,6 +356,31 @@ fn threads_do_not_change_a_bit() {
         let one = run(1);
         assert_ne!(one.params.tensors.w_enc, case.start().tensors.w_enc, "{}", case.name);
         assert!(one == run(2) && one == run(3), "{}", case.name);
+    }
+}
+
+/// The same bits with the encoder product through bf16.
+#[test]
+fn bf16_does_not_change_a_bit() {
+    for case in cases() {
+        let run = |precision: EncoderPrecision| {
+            let mut trainer = Trainer::new(case.start(), case.momentum > 0.0);
+            trainer.precision = precision;
+            let (mut noise, mut again) = (Noise(29), 0);
+            for _ in 0..5 {
+                let x = noise.vector(300 * D, 0.35);
+                let y = noise.vector(300 * case.d_out, 0.35);
+                let (x, y) = (Rows::new(&x, D).unwrap(), Rows::new(&y, case.d_out).unwrap());
+                let forward = trainer.forward(x, y, &case.objective).unwrap();
+                again += forward.computed_again();
+                trainer.update(&forward, &case.settings()).unwrap();
+            }
+            trainer.precision = EncoderPrecision::F32;
+            (trainer, again)
+        };
+        let ((plain, none), (sieved, some)) = (run(EncoderPrecision::F32), run(EncoderPrecision::Bf16));
+        assert!(plain == sieved, "{}", case.name);
+        assert!(none == 0 && (some > 0 || !native::train::has_bf16()), "{}: {some} again", case.name);
     }
 }
 

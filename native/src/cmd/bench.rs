@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail};
 use clap::Subcommand;
 use shared::Precision;
 use shared::config::Count;
+use shared::config::train::EncoderPrecision;
 
 use crate::bench::{HarvestBench, TrainStepBench, compare};
 
@@ -113,7 +114,7 @@ fn harvest(args: &HarvestArgs) -> Result<()> {
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
     print(&bench.ready())?;
-    answer(|| print(&bench.round()?))
+    answer(|_| print(&bench.round()?))
 }
 
 fn train_step(args: &TrainStepArgs) -> Result<()> {
@@ -122,16 +123,17 @@ fn train_step(args: &TrainStepArgs) -> Result<()> {
         bench.write(path)?;
     }
     print(&bench.ready())?;
-    answer(|| print(&bench.round()?))
+    answer(|bf16| print(&bench.round(if bf16 { EncoderPrecision::Bf16 } else { EncoderPrecision::F32 })?))
 }
 
-/// Runs `round` for every line `round` of the input, and one large product for every line `peak`.
-fn answer(mut round: impl FnMut() -> Result<()>) -> Result<()> {
+/// Runs `round` for every line `round` of the input (with true for `round-bf16`), and one large product for every line `peak`.
+fn answer(mut round: impl FnMut(bool) -> Result<()>) -> Result<()> {
     for line in io::stdin().lock().lines() {
         match line?.trim() {
-            "round" => round()?,
+            "round" => round(false)?,
+            "round-bf16" => round(true)?,
             "peak" => print(&serde_json::json!({ "gflops": HarvestBench::peak_gflops()? }))?,
-            other => bail!("expected `round` or `peak`, found `{other}`"),
+            other => bail!("expected `round`, `round-bf16` or `peak`, found `{other}`"),
         }
     }
     Ok(())

@@ -118,7 +118,7 @@ impl PackedMatrix {
     fn blocks(&self) -> impl Iterator<Item = Range<usize>> + use<> {
         let units = self.units();
         let most = if self.kernel.format() == Format::Q8 { BLOCK_Q8 } else { BLOCK_UNITS };
-        let size = units.div_ceil(units.div_ceil(most).max(1)).max(1);
+        let size = block_size(units, most);
         (0..units).step_by(size).map(move |start| start..(start + size).min(units))
     }
 
@@ -190,6 +190,17 @@ impl PackedMatrix {
         self.panels(x, panels, out, columns, false, &mut Vec::new());
     }
 
+    /// [`PackedMatrix::some_panels`] of rows that are staged already.
+    pub(crate) fn some_panels_of(&self, staged: &[u32], panels: Range<usize>, out: &mut [f32]) {
+        let columns = (panels.end * WIDTH).min(self.n_out) - panels.start * WIDTH;
+        let (left, stride) = (self.kernel.format().left(), self.kernel.format().groups(self.n_in));
+        for units in self.blocks() {
+            let (first, len, n_rows) = (units.start * left, units.len() * left, staged.len() / stride);
+            let rows = Left { groups: staged, first, len, stride, n_rows };
+            self.times(&rows, &units, panels.clone(), out, columns, units.start > 0);
+        }
+    }
+
     /// For few rows: every thread takes some panels into a buffer of its own.
     fn by_columns(&self, x: &[f32], out: &mut [f32], add: bool, threads: usize) {
         let share = self.n_panels().div_ceil(4 * threads).max(1);
@@ -233,14 +244,37 @@ impl PackedMatrix {
                 let groups = format.groups(n);
                 Left { groups: staged, first: 0, len: groups, stride: groups, n_rows: m }
             };
-            for p in panels.clone() {
-                let (panel, width) = (self.panel(&units, p), self.panel_width(p));
-                let from = (p - panels.start) * WIDTH;
-                let valid = width.min(self.n_out - p * WIDTH);
-                left.times(self.kernel, panel, width, &mut out[from..], stride, valid, add);
-            }
+            self.times(&left, &units, panels.clone(), out, stride, add);
         }
     }
+
+    /// One block of `left` times some panels.
+    fn times(
+        &self,
+        left: &Left<'_>,
+        units: &Range<usize>,
+        panels: Range<usize>,
+        out: &mut [f32],
+        stride: usize,
+        add: bool,
+    ) {
+        for p in panels.clone() {
+            let (panel, width) = (self.panel(units, p), self.panel_width(p));
+            let from = (p - panels.start) * WIDTH;
+            let valid = width.min(self.n_out - p * WIDTH);
+            left.times(self.kernel, panel, width, &mut out[from..], stride, valid, add);
+        }
+    }
+}
+
+/// The length of blocks that `n` units are cut into, of at most `most`.
+fn block_size(n: usize, most: usize) -> usize {
+    n.div_ceil(n.div_ceil(most).max(1)).max(1)
+}
+
+/// How many values an f32 product over `n` takes into each of its partial sums.
+pub(crate) fn f32_block(n: usize) -> usize {
+    block_size(n, BLOCK_UNITS)
 }
 
 /// Rows of groups: row `i` is `groups[i · stride + first..][..len]`.

@@ -71,14 +71,15 @@ impl Format {
 
 /// Round to nearest, ties to even; a NaN stays one.
 #[inline(always)]
-fn round_bf16(x: f32) -> u32 {
+pub(crate) fn round_bf16(x: f32) -> u32 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
     if bits & 0x7fff_ffff > 0x7f80_0000 { (bits >> 16) | 0x40 } else { rounded }
 }
 
+/// A row as bf16 pairs.
 #[inline(always)]
-fn bf16(x: &[f32], out: &mut [u32]) {
+pub(super) fn bf16(x: &[f32], out: &mut [u32]) {
     let (pairs, last) = x.as_chunks::<2>();
     for (out, pair) in out.iter_mut().zip(pairs) {
         *out = round_bf16(pair[0]) | (round_bf16(pair[1]) << 16);

@@ -234,7 +234,7 @@ fn read(bytes: &[u8], config: &TrainConfig, [d_in, d_out]: [usize; 2], identity:
     let target = config.target.map(|_| measured("target_data", d_out)).transpose()?;
     let scaling = Scaling { input: measured("data", d_in)?, target };
     Ok(State {
-        trainer: Trainer { params, moments, step: header.step },
+        trainer: Trainer { params, moments, step: header.step, precision: config.encoder_precision },
         position: header.position,
         guard: header.guard,
         pressure: header.pressure,

@@ -8,7 +8,10 @@
 use anyhow::Result;
 use rayon::prelude::*;
 
+use shared::config::train::EncoderPrecision;
+
 use super::params::Params;
+use super::sieve::{Scratch, Sieve, sift};
 use super::simd::{any_above, any_exceeds, vectorised};
 use crate::cpu::gemm::{Matrix, product};
 use crate::cpu::packed::PackedMatrix;
@@ -19,13 +22,13 @@ const TILE_PANELS: usize = 4;
 /// Rows of the batch in a tile: at width 576 the packed rows take 432 KiB of the second-level cache.
 const TILE_ROWS: usize = TILE_PANELS * WIDTH;
 /// Latents of a tile: at width 576 another 144 KiB.
-const TILE_LATENTS: usize = 64;
+pub(super) const TILE_LATENTS: usize = 64;
 /// Latents of a task that looks for values above a cut: short enough that many threads find work in one batch.
 const TASK_LATENTS: usize = 1024;
 /// Latents of a task that looks for the largest values of a row: the longer, the fewer are kept on the way.
 const TASK_LATENTS_LARGEST: usize = 4096;
 /// Values compared at a time before they are looked at one by one.
-const CHUNK: usize = 32;
+pub(super) const CHUNK: usize = 32;
 
 /// A pre-activation that was kept.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -49,6 +52,17 @@ pub(crate) struct Selection<'a> {
     pub(crate) keep: Keep<'a>,
     /// Dead latents `[n]`, and how many of them a row keeps.
     pub(crate) dead: Option<(&'a [bool], usize)>,
+}
+
+/// What a batch's pre-activations leave.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Encoded {
+    /// What was selected.
+    pub(crate) kept: Kept,
+    /// The largest dead latents.
+    pub(crate) dead: Kept,
+    /// Pre-activations computed once more after bf16.
+    pub(crate) again: usize,
 }
 
 /// What was kept of each row, latents ascending.
@@ -97,11 +111,11 @@ impl Kept {
 
 /// The largest values seen so far, latents having come in ascending order; ties go to the lower latent.
 #[derive(Debug, Clone)]
-struct Largest {
+pub(super) struct Largest {
     k: usize,
     /// Below or at this, a value is not among them any more.
     bound: f32,
-    kept: Vec<Candidate>,
+    pub(super) kept: Vec<Candidate>,
 }
 
 impl Largest {
@@ -110,7 +124,7 @@ impl Largest {
     }
 
     #[inline(always)]
-    fn push(&mut self, candidate: Candidate) {
+    pub(super) fn push(&mut self, candidate: Candidate) {
         if candidate.z > self.bound {
             self.kept.push(candidate);
             if self.kept.len() >= 2 * self.k {
@@ -136,14 +150,23 @@ impl Largest {
 }
 
 /// The rows of a tile while its latents go by.
-struct Tile {
-    main: Vec<Largest>,
-    dead: Vec<Largest>,
+pub(super) struct Tile {
+    pub(super) main: Vec<Largest>,
+    pub(super) dead: Vec<Largest>,
+    pub(super) again: usize,
+}
+
+impl Tile {
+    pub(super) fn new(selection: Selection<'_>, n_rows: usize) -> Self {
+        let k = if let Keep::Largest(k) = selection.keep { k } else { usize::MAX / 2 };
+        let k_dead = selection.dead.map_or(0, |(_, k)| k);
+        Self { main: vec![Largest::new(k); n_rows], dead: vec![Largest::new(k_dead); n_rows], again: 0 }
+    }
 }
 
 /// The batch as the encoder product reads it.
-struct Batch<'a> {
-    rows: &'a [f32],
+pub(super) struct Batch<'a> {
+    pub(super) rows: &'a [f32],
     d: usize,
     /// Packed, where this processor has a kernel.
     packed: Option<PackedMatrix>,
@@ -151,7 +174,12 @@ struct Batch<'a> {
 
 impl Batch<'_> {
     /// `z = weights · rowsᵀ` without the bias: a line for each latent, over the rows of the batch in `rows`.
-    fn product(&self, weights: &[f32], rows: std::ops::Range<usize>, z: &mut Vec<f32>) -> Result<()> {
+    pub(super) fn product(
+        &self,
+        weights: &[f32],
+        rows: std::ops::Range<usize>,
+        z: &mut Vec<f32>,
+    ) -> Result<()> {
         let (n_latents, n_rows) = (weights.len() / self.d, rows.len());
         z.resize(n_latents * n_rows, 0.0);
         if let Some(packed) = &self.packed {
@@ -164,8 +192,27 @@ impl Batch<'_> {
     }
 }
 
-/// What is kept of `z = w_i · x' + b_i` for rows `input [N, d_in]`: by the selection proper, and of dead latents.
-pub(crate) fn encode(params: &Params, input: &[f32], selection: Selection<'_>) -> Result<(Kept, Kept)> {
+/// What is kept of `z = w_i · x' + b_i` for rows `input [N, d_in]`: the same bits whatever the precision.
+pub(crate) fn encode(
+    params: &Params,
+    input: &[f32],
+    selection: Selection<'_>,
+    precision: EncoderPrecision,
+) -> Result<Encoded> {
+    let sieve = match precision {
+        EncoderPrecision::F32 => None,
+        EncoderPrecision::Bf16 => Sieve::new(params, input)?,
+    };
+    encode_through(params, input, selection, sieve.as_ref())
+}
+
+/// [`encode`], by a sieve or without.
+pub(super) fn encode_through(
+    params: &Params,
+    input: &[f32],
+    selection: Selection<'_>,
+    sieve: Option<&Sieve>,
+) -> Result<Encoded> {
     let (n, d) = (params.n_latents(), params.d_in);
     let n_rows = input.len() / d;
     let packed =
@@ -181,19 +228,25 @@ pub(crate) fn encode(params: &Params, input: &[f32], selection: Selection<'_>) -
         .collect();
     let done: Vec<Tile> = tasks
         .into_par_iter()
-        .map_init(Vec::new, |z, (row, latent)| {
+        .map_init(Scratch::default, |scratch, (row, latent)| {
             let rows = row..(row + TILE_ROWS).min(n_rows);
-            task(params, &batch, rows, latent..(latent + length).min(n), selection, z)
+            let latents = latent..(latent + length).min(n);
+            match sieve {
+                Some(sieve) => sift(params, &batch, sieve, rows, latents, selection, scratch),
+                None => task(params, &batch, rows, latents, selection, &mut scratch.z),
+            }
         })
         .collect::<Result<_>>()?;
+    let again = done.iter().map(|tile| tile.again).sum();
     let per_tile = n.div_ceil(length).max(1);
     let merged: Vec<Vec<(Vec<Candidate>, Vec<Candidate>)>> =
         done.into_par_iter().chunks(per_tile).map(|parts| merge(parts, selection)).collect();
     let (main, dead): (Vec<_>, Vec<_>) = merged.into_iter().flatten().unzip();
-    Ok((Kept::collect(main.into_iter()), Kept::collect(dead.into_iter())))
+    Ok(Encoded { kept: Kept::collect(main.into_iter()), dead: Kept::collect(dead.into_iter()), again })
 }
 
-fn task(
+/// The rows of a tile against some latents, in f32.
+pub(super) fn task(
     params: &Params,
     batch: &Batch<'_>,
     rows: std::ops::Range<usize>,
@@ -202,11 +255,7 @@ fn task(
     z: &mut Vec<f32>,
 ) -> Result<Tile> {
     let d = params.d_in;
-    let k = |keep: &Keep<'_>| if let Keep::Largest(k) = keep { *k } else { usize::MAX / 2 };
-    let mut tile = Tile {
-        main: vec![Largest::new(k(&selection.keep)); rows.len()],
-        dead: vec![Largest::new(selection.dead.map_or(0, |(_, k)| k)); rows.len()],
-    };
+    let mut tile = Tile::new(selection, rows.len());
     let mut bounds: Vec<f32> = tile.main.iter().map(|row| row.bound).collect();
     for first in latents.clone().step_by(TILE_LATENTS) {
         let block = first..(first + TILE_LATENTS).min(latents.end);
@@ -220,6 +269,24 @@ fn task(
         });
     }
     Ok(tile)
+}
+
+/// What of the exact `z` of some latents is above their cuts; without dead ones.
+pub(super) fn keep_exact(
+    params: &Params,
+    latents: std::ops::Range<usize>,
+    z: &mut [f32],
+    selection: Selection<'_>,
+    tile: &mut Tile,
+) {
+    let (n_rows, selection) = (tile.main.len(), Selection { dead: None, ..selection });
+    vectorised(|| {
+        for (latent, z) in latents.zip(z.chunks_exact_mut(n_rows)) {
+            let bias = params.tensors.b_enc[latent];
+            z.iter_mut().for_each(|z| *z += bias);
+            thin_out(z, latent, selection, tile, &mut vec![0.0; n_rows]);
+        }
+    });
 }
 
 /// One latent's pre-activations over the rows of a tile; `bounds` are those of the rows' largest.

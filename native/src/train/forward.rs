@@ -7,9 +7,10 @@
 use anyhow::{Result, ensure};
 use rayon::prelude::*;
 use shared::Rows;
+use shared::config::train::EncoderPrecision;
 use shared::loss::{Losses, Objective, Sparsity};
 
-use super::encode::{Candidate, Keep, Kept, Selection, encode};
+use super::encode::{Candidate, Encoded, Keep, Kept, Selection, encode};
 use super::params::{Latents, Params};
 use super::simd::{add_scaled, dot, vectorised};
 use crate::cpu::gemm::{Matrix, product};
@@ -37,6 +38,7 @@ pub struct Forward {
     pub(super) left_variance: f64,
     /// The smallest value that BatchTopK chose.
     pub(super) smallest: Option<f32>,
+    again: usize,
     losses: Losses,
     n_active: usize,
 }
@@ -113,6 +115,12 @@ impl Forward {
         self.n_active
     }
 
+    /// Pre-activations that were computed once more in f32 after bf16.
+    #[must_use]
+    pub fn computed_again(&self) -> usize {
+        self.again
+    }
+
     /// `x̂ − y` of row `row`.
     #[must_use]
     pub fn residual(&self, row: usize) -> &[f32] {
@@ -186,7 +194,13 @@ pub(super) fn magnitude(params: &Params, latent: usize, z: f32) -> (f32, f32) {
 ///
 /// # Errors
 /// If rows do not have the right widths or there are none.
-pub(super) fn forward(params: &Params, x: Rows<'_>, y: Rows<'_>, objective: &Objective) -> Result<Forward> {
+pub(super) fn forward(
+    params: &Params,
+    x: Rows<'_>,
+    y: Rows<'_>,
+    objective: &Objective,
+    precision: EncoderPrecision,
+) -> Result<Forward> {
     x.expect_width("x", params.d_in)?;
     y.expect_width("y", params.d_out)?;
     let n_rows = x.n_rows();
@@ -200,7 +214,7 @@ pub(super) fn forward(params: &Params, x: Rows<'_>, y: Rows<'_>, objective: &Obj
         input.par_chunks_mut(params.d_in).for_each(|row| add_scaled(row, -1.0, b_dec));
     }
     let thetas = params.thetas();
-    let selected = select(params, &thetas, &input, objective)?;
+    let selected = select(params, &thetas, &input, objective, precision)?;
     let skip = if params.tensors.w_skip.is_empty() { Vec::new() } else { x.data().to_vec() };
     let mut forward = Forward {
         n_rows,
@@ -213,6 +227,7 @@ pub(super) fn forward(params: &Params, x: Rows<'_>, y: Rows<'_>, objective: &Obj
         channels: Channels::new(params, objective, n_rows),
         left_variance: 0.0,
         smallest: selected.smallest,
+        again: selected.again,
         losses: Losses { mse: 0.0, reconstruction: 0.0, sparsity: 0.0, auxiliary: 0.0, l0: 0.0 },
         n_active: 0,
     };
@@ -228,14 +243,22 @@ struct Selected {
     chosen: Vec<bool>,
     dead: Kept,
     smallest: Option<f32>,
+    again: usize,
 }
 
-fn select(params: &Params, thetas: &[f32], input: &[f32], objective: &Objective) -> Result<Selected> {
+fn select(
+    params: &Params,
+    thetas: &[f32],
+    input: &[f32],
+    objective: &Objective,
+    precision: EncoderPrecision,
+) -> Result<Selected> {
     let n_rows = input.len() / params.d_in;
     let dead = objective.aux_k.as_ref().map(|aux| (&aux.dead[..], aux.k));
-    let run = |keep: Keep<'_>| encode(params, input, Selection { keep, dead });
+    let run = |keep: Keep<'_>| encode(params, input, Selection { keep, dead }, precision);
     let above = |cut: f32| run(Keep::Above(&vec![cut; params.n_latents()]));
-    let plain = |(kept, dead)| Selected { kept, chosen: Vec::new(), dead, smallest: None };
+    let plain =
+        |Encoded { kept, dead, again }| Selected { kept, chosen: Vec::new(), dead, smallest: None, again };
     match params.latents {
         Latents::Relu | Latents::Gated => above(0.0).map(plain),
         Latents::JumpRelu { bandwidth, .. } => {
@@ -254,7 +277,7 @@ fn select(params: &Params, thetas: &[f32], input: &[f32], objective: &Objective)
             let wanted = k * n_rows;
             let cut = SEARCH_FROM * threshold;
             let mut found = above(cut)?;
-            if found.0.all().len() < wanted && cut > 0.0 {
+            if found.kept.all().len() < wanted && cut > 0.0 {
                 found = above(0.0)?;
             }
             let mut selected = plain(found);

@@ -1,6 +1,6 @@
 //! Training autoencoders on the CPU, from a store of activations or straight from a language model.
 //!
-//! [`suite`] is the loop, over one autoencoder or many; [`step`] is one step, sparse after the encoder product: `encode` and `forward` find what is active and
+//! [`suite`] is the loop, over one autoencoder or many; [`step`] is one step, sparse after the encoder product: `encode` (through `sieve` where it may) and `forward` find what is active and
 //! decode it, `latent` finds and applies the gradients of one latent; [`params`], [`adam`], [`init`], [`schedule`] and
 //! [`pressure`] are what a step changes and by how much; [`source`], [`vectors`], [`live`],
 //! [`normalise`] and [`order`] say which vectors come when; [`guard`] keeps bad batches out; [`checkpoint`] and [`log`] are what a run leaves
@@ -22,6 +22,7 @@ pub mod params;
 pub mod pressure;
 mod run;
 pub mod schedule;
+mod sieve;
 pub(crate) mod simd;
 pub mod source;
 pub mod step;
@@ -33,6 +34,7 @@ pub use forward::Forward;
 pub use live::LiveTaps;
 pub use params::{Latents, Moments, Params, Tensors};
 pub use run::Summary;
+pub use sieve::has_bf16;
 pub use source::{ActivationSource, SourceTap, Statistics, StoreTaps, Vectors, Wiring};
 pub use step::{Settings, Trainer};
 pub use suite::{Job, run, run_all};

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use shared::config::to_toml;
-use shared::config::train::TrainConfig;
+use shared::config::train::{EncoderPrecision, TrainConfig};
 use shared::fold::Scales;
 use shared::loss::{AuxK, DeadPull, MultiTopK, Objective, Prefix};
 use shared::metrics::{Dead, Fvu, L0};
@@ -26,6 +26,7 @@ use super::normalise::Scaling;
 use super::order::{Batches, Pairs, Position, Shards};
 use super::pressure::Pressure;
 use super::schedule::{betas, rates};
+use super::sieve::has_bf16;
 use super::source::{ActivationSource, Wiring};
 use super::step::{Settings, Trainer};
 use crate::cpu::CpuBackend;
@@ -156,8 +157,10 @@ impl<'a> Run<'a> {
             None => {
                 let Beginning { scaling, sample } = beginning()?;
                 let params = init::params(config, &scaling, &sample)?;
+                let mut trainer = Trainer::new(params, config.momentum() > 0.0);
+                trainer.precision = config.encoder_precision;
                 State {
-                    trainer: Trainer::new(params, config.momentum() > 0.0),
+                    trainer,
                     position: Position::default(),
                     guard: Guard::default(),
                     dead: Dead::new(config.width),
@@ -166,6 +169,9 @@ impl<'a> Run<'a> {
                 }
             }
         };
+        if config.encoder_precision == EncoderPrecision::Bf16 && !has_bf16() {
+            tracing::warn!("this processor has no AVX512-BF16: the encoder product is computed in f32");
+        }
         let first_step = state.trainer.step;
         let log = Log::open(&out.join("log.jsonl"), first_step)?;
         write_bytes(&out.join("config.toml"), to_toml(config)?.as_bytes())?;

@@ -11,6 +11,7 @@
 use anyhow::Result;
 use rayon::prelude::*;
 use shared::Rows;
+use shared::config::train::EncoderPrecision;
 use shared::loss::Objective;
 
 use super::adam::{Adam, Betas};
@@ -48,6 +49,8 @@ pub struct Trainer {
     pub moments: Moments,
     /// Steps taken.
     pub step: u64,
+    /// How the encoder product is found; changes no bit of the result.
+    pub precision: EncoderPrecision,
 }
 
 impl Trainer {
@@ -55,7 +58,7 @@ impl Trainer {
     #[must_use]
     pub fn new(params: Params, momentum: bool) -> Self {
         let moments = Moments::new(&params, momentum);
-        Self { params, moments, step: 0 }
+        Self { params, moments, step: 0, precision: EncoderPrecision::F32 }
     }
 
     /// Forward pass over normalised rows `x [N, d_in]` with targets `y [N, d_out]`; changes nothing.
@@ -63,7 +66,7 @@ impl Trainer {
     /// # Errors
     /// If rows do not have the right widths or there are none.
     pub fn forward(&self, x: Rows<'_>, y: Rows<'_>, objective: &Objective) -> Result<Forward> {
-        forward(&self.params, x, y, objective)
+        forward(&self.params, x, y, objective, self.precision)
     }
 
     /// Backward pass and update: the step is taken.

@@ -41,6 +41,18 @@ pub enum DecoderBiasInit {
     Zero,
 }
 
+/// How a training step finds its encoder product.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EncoderPrecision {
+    /// All of it in f32.
+    #[default]
+    F32,
+    /// In bf16, and once more in f32 what that cannot rule out: the same bits, sooner. Needs a processor with AVX512-BF16;
+    /// without it as `F32`.
+    Bf16,
+}
+
 /// The latent function that is trained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -167,6 +179,8 @@ pub struct TrainConfig {
     pub max_norm: f64,
     /// A latent counts as dead when it did not fire in this many tokens.
     pub dead_window: Count,
+    /// How the encoder product is found, `f32` or `bf16`; the result is the same to the last bit.
+    pub encoder_precision: EncoderPrecision,
     /// Steps between two lines of the log.
     pub log_every: u64,
     /// Steps between two checkpoints.
@@ -216,6 +230,7 @@ impl Default for TrainConfig {
             pre_bias: true,
             max_norm: 10.0,
             dead_window: Count(300_000),
+            encoder_precision: EncoderPrecision::F32,
             log_every: 50,
             checkpoint_every: 1000,
             checkpoint_minutes: 5.0,

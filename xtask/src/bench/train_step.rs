@@ -1,10 +1,11 @@
-//! A JumpReLU training step beside SAELens'.
+//! A JumpReLU training step beside SAELens', with the encoder product in f32 and through bf16.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 
 use super::worker::{Worker, number};
 use crate::places::Places;
@@ -41,6 +42,35 @@ struct Best {
     forward: f64,
     encoder: f64,
     l0: f64,
+    /// Pre-activations of a row computed once more.
+    again: f64,
+}
+
+impl Best {
+    const NONE: Self =
+        Self { seconds: f64::INFINITY, forward: f64::INFINITY, encoder: f64::INFINITY, l0: 0.0, again: 0.0 };
+
+    /// Takes a round of ours into account.
+    fn take(&mut self, answer: &Value) -> Result<()> {
+        self.seconds = self.seconds.min(number(answer, "seconds")?);
+        self.forward = self.forward.min(number(answer, "forward_seconds")?);
+        self.encoder = self.encoder.min(number(answer, "encoder_seconds")?);
+        (self.l0, self.again) = (number(answer, "l0")?, number(answer, "again")?);
+        Ok(())
+    }
+}
+
+/// All that was measured at a width.
+#[derive(Debug, Clone, Copy)]
+struct Measured {
+    ours: Best,
+    /// With the encoder product through bf16.
+    bf16: Best,
+    peer: Option<Best>,
+    /// GFLOP/s of one large f32 product.
+    product: f64,
+    /// The most memory of the first step, in MiB, where the system says.
+    peak_mib: Option<f64>,
 }
 
 /// Ours, and SAELens where it is asked for.
@@ -62,9 +92,9 @@ pub(crate) fn run(places: &Places, args: &Args) -> Result<()> {
     for width in WIDTHS {
         let vectors = work.join(format!("train-step-{width}.safetensors"));
         let mut pair = start(places, args.peer_python.as_deref(), width, &vectors)?;
-        let (ours, peer, peak) = take_turns(&mut pair, args.rounds)?;
-        print_table(&pair, width, ours, peer, peak)?;
-        lines.extend(ratio(width, ours, peer));
+        let measured = take_turns(&mut pair, args.rounds)?;
+        print_table(&pair, width, &measured)?;
+        lines.extend(ratios(width, &measured));
         pair.ours.end()?;
         pair.peer.map_or(Ok(()), Worker::end)?;
         fs::remove_file(&vectors).with_context(|| format!("cannot remove {}", vectors.display()))?;
@@ -89,64 +119,89 @@ fn start(places: &Places, python: Option<&Path>, width: usize, vectors: &Path) -
     Ok(Pair { ours, peer: peer.transpose()? })
 }
 
-/// The first step of each is not counted. Returns the best of both, and of one large f32 product in GFLOP/s.
-fn take_turns(pair: &mut Pair, rounds: u32) -> Result<(Best, Option<Best>, f64)> {
-    let none = Best { seconds: f64::INFINITY, forward: f64::INFINITY, encoder: f64::INFINITY, l0: 0.0 };
-    let (mut ours, mut peer, mut peak) = (none, pair.peer.as_ref().map(|_| none), 0.0f64);
+/// The first step of each is not counted, but for its memory.
+fn take_turns(pair: &mut Pair, rounds: u32) -> Result<Measured> {
+    let (none, peer) = (Best::NONE, pair.peer.as_ref().map(|_| Best::NONE));
+    let mut measured = Measured { ours: none, bf16: none, peer, product: 0.0, peak_mib: None };
     for round in 0..=rounds {
         ensure!(!run::was_stopped(), "stopped");
-        let answer = pair.ours.ask("round")?;
+        let ours = pair.ours.ask("round")?;
         let beside = pair.peer.as_mut().map(|peer| peer.ask("round")).transpose()?;
-        peak = peak.max(number(&pair.ours.ask("peak")?, "gflops")?);
+        let bf16 = pair.ours.ask("round-bf16")?;
+        measured.product = measured.product.max(number(&pair.ours.ask("peak")?, "gflops")?);
         if round == 0 {
+            measured.peak_mib = bf16.get("peak_mib").and_then(Value::as_f64);
             continue;
         }
-        ours.seconds = ours.seconds.min(number(&answer, "seconds")?);
-        ours.forward = ours.forward.min(number(&answer, "forward_seconds")?);
-        ours.encoder = ours.encoder.min(number(&answer, "encoder_seconds")?);
-        ours.l0 = number(&answer, "l0")?;
-        if let (Some(peer), Some(answer)) = (&mut peer, beside) {
+        measured.ours.take(&ours)?;
+        measured.bf16.take(&bf16)?;
+        if let (Some(peer), Some(answer)) = (&mut measured.peer, beside) {
             peer.seconds = peer.seconds.min(number(&answer, "seconds")?);
             peer.l0 = number(&answer, "l0")?;
         }
     }
-    Ok((ours, peer, peak))
+    Ok(measured)
 }
 
-fn print_table(pair: &Pair, width: usize, ours: Best, peer: Option<Best>, peak: f64) -> Result<()> {
-    let (tokens, flops) = (number(&pair.ours.ready, "tokens")?, number(&pair.ours.ready, "encoder_flops")?);
-    println!("d {D}, width {width}, batch {BATCH}; one large f32 product: {peak:.0} GFLOP/s");
+fn print_table(pair: &Pair, width: usize, measured: &Measured) -> Result<()> {
+    let ready = &pair.ours.ready;
+    let tokens = number(ready, "tokens")?;
+    let product = measured.product;
+    println!("d {D}, width {width}, batch {BATCH}; one large f32 product: {product:.0} GFLOP/s");
     let line = |name: &str, best: Best| {
         let (speed, ms) = (tokens / best.seconds, best.seconds * 1e3);
-        println!("{name:<12} {speed:>7.0} tokens/s  {ms:>6.0} ms a step  L0 {:.1}", best.l0);
+        println!("{name:<17} {speed:>7.0} tokens/s  {ms:>6.0} ms a step  L0 {:.1}", best.l0);
     };
-    line("stratascope", ours);
-    let gflops = flops / ours.encoder / 1e9;
-    println!(
-        "             encoder {:.0} ms, {gflops:.0} GFLOP/s, {:.0} % of it; forward {:.0} ms, backward and Adam {:.0} ms",
-        ours.encoder * 1e3,
-        100.0 * gflops / peak,
-        ours.forward * 1e3,
-        (ours.seconds - ours.forward) * 1e3
-    );
-    if let (Some(best), Some(worker)) = (peer, &pair.peer) {
-        line("SAELens", best);
-        let word = |key| worker.ready.get(key).and_then(serde_json::Value::as_str).unwrap_or("?");
-        println!("             sae_lens {}, torch {}", word("sae_lens"), word("torch"));
-        let apart = (best.l0 / ours.l0 - 1.0).abs();
-        ensure!(
-            apart < 0.01,
-            "SAELens has {:.2} active latents, ours {:.2}: not the same step",
-            best.l0,
-            ours.l0
+    for (name, best, key) in
+        [("stratascope", measured.ours, "f32_ceiling"), ("stratascope bf16", measured.bf16, "bf16_ceiling")]
+    {
+        line(name, best);
+        let gflops = number(ready, "encoder_flops")? / best.encoder / 1e9;
+        let ceiling = ready.get(key).and_then(Value::as_f64);
+        let of_ceiling = ceiling.map_or_else(String::new, |ceiling| {
+            format!(", {:.0} % of {ceiling:.0} GFLOP/s in registers", 100.0 * gflops / ceiling)
+        });
+        println!(
+            "                  encoder {:.0} ms, {gflops:.0} GFLOP/s: {:.0} % of the large product{of_ceiling}",
+            best.encoder * 1e3,
+            100.0 * gflops / product,
         );
+        let (forward, rest) = (best.forward * 1e3, (best.seconds - best.forward) * 1e3);
+        let again = best.again;
+        println!(
+            "                  forward {forward:.0} ms, backward and Adam {rest:.0} ms; {again:.1} a row computed again"
+        );
+    }
+    if let Some(peak) = measured.peak_mib {
+        let (batch, state) = (number(ready, "batch_mib")?, number(ready, "state_mib")?);
+        println!(
+            "memory            {:.0} MiB at most without the batch, of which {state:.0} parameters and moments; the batch {batch:.1}",
+            peak - batch
+        );
+    }
+    if let (Some(best), Some(worker)) = (measured.peer, &pair.peer) {
+        line("SAELens", best);
+        let word = |key| worker.ready.get(key).and_then(Value::as_str).unwrap_or("?");
+        println!("                  sae_lens {}, torch {}", word("sae_lens"), word("torch"));
+        for l0 in [measured.ours.l0, measured.bf16.l0] {
+            ensure!(
+                (best.l0 / l0 - 1.0).abs() < 0.01,
+                "SAELens has {:.2} active latents, ours {l0:.2}: not the same step",
+                best.l0
+            );
+        }
     }
     Ok(())
 }
 
 /// `ratio NAME X.XX`: SAELens' time over ours.
-fn ratio(width: usize, ours: Best, peer: Option<Best>) -> Option<String> {
-    peer.map(|peer| format!("ratio train-step-{width} {:.2}", peer.seconds / ours.seconds))
+fn ratios(width: usize, measured: &Measured) -> Vec<String> {
+    let of = |name: &str, ours: Best, peer: Best| {
+        format!("ratio train-step{name}-{width} {:.2}", peer.seconds / ours.seconds)
+    };
+    measured
+        .peer
+        .map_or_else(Vec::new, |peer| vec![of("", measured.ours, peer), of("-bf16", measured.bf16, peer)])
 }
 
 #[cfg(test)]
@@ -157,10 +212,10 @@ mod tests {
     #[cfg(unix)]
     fn fixed(seconds: &str, l0: &str) -> Worker {
         let round = format!(
-            "{{\"seconds\": {seconds}, \"forward_seconds\": 0.1, \"encoder_seconds\": 0.05, \"l0\": {l0}, \"gflops\": 9}}"
+            "{{\"seconds\": {seconds}, \"forward_seconds\": 0.1, \"encoder_seconds\": 0.05, \"l0\": {l0}, \"again\": 80.5, \"peak_mib\": 50, \"gflops\": 9}}"
         );
         let script = format!(
-            "echo '{{\"tokens\": 100, \"encoder_flops\": 1e9, \"threads\": 2}}'; while read x; do echo '{round}'; done"
+            "echo '{{\"tokens\": 100, \"encoder_flops\": 1e9, \"f32_ceiling\": 20, \"batch_mib\": 4, \"state_mib\": 40, \"threads\": 2}}'; while read x; do echo '{round}'; done"
         );
         Worker::start("sh", Command::new("sh").args(["-c", &script])).unwrap()
     }
@@ -169,17 +224,16 @@ mod tests {
     #[test]
     fn ratios_are_of_equal_work() {
         let mut pair = Pair { ours: fixed("0.25", "64.0"), peer: Some(fixed("2", "64.1")) };
-        let (ours, peer, peak) = take_turns(&mut pair, 3).unwrap();
-        assert_eq!(peak, 9.0);
-        print_table(&pair, 8192, ours, peer, peak).unwrap();
-        assert_eq!(ratio(8192, ours, peer).unwrap(), "ratio train-step-8192 8.00");
-        assert!(ratio(8192, ours, None).is_none());
-        let other = peer.map(|peer| Best { l0: 80.0, ..peer });
-        assert!(
-            print_table(&pair, 8192, ours, other, peak)
-                .unwrap_err()
-                .to_string()
-                .contains("not the same step")
+        let measured = take_turns(&mut pair, 3).unwrap();
+        assert_eq!((measured.product, measured.peak_mib, measured.bf16.again), (9.0, Some(50.0), 80.5));
+        print_table(&pair, 8192, &measured).unwrap();
+        assert_eq!(
+            ratios(8192, &measured),
+            ["ratio train-step-8192 8.00", "ratio train-step-bf16-8192 8.00"]
         );
+        assert!(ratios(8192, &Measured { peer: None, ..measured }).is_empty());
+        let other = measured.peer.map(|peer| Best { l0: 80.0, ..peer });
+        let refused = print_table(&pair, 8192, &Measured { peer: other, ..measured }).unwrap_err();
+        assert!(refused.to_string().contains("not the same step"));
     }
 }

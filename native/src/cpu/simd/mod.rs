@@ -10,6 +10,10 @@
 )]
 
 #[cfg(target_arch = "x86_64")]
+mod exact;
+#[cfg(target_arch = "x86_64")]
+mod peak;
+#[cfg(target_arch = "x86_64")]
 mod x86;
 
 /// Rows of a tile.
@@ -54,6 +58,62 @@ impl Kernel {
     /// The number format.
     pub(crate) fn format(self) -> Format {
         self.0
+    }
+
+    /// `out[i] = left[i] · right[i]` with the bits an f32 tile gives them, for products summed in blocks of `block` values.
+    ///
+    /// # Panics
+    /// When rows are not of one length, or the kernel is not f32.
+    pub(crate) fn dots(
+        self,
+        left: &[&[f32]; LANES],
+        right: &[&[f32]; LANES],
+        block: usize,
+        out: &mut [f32; LANES],
+    ) {
+        let n = left[0].len();
+        assert!(self.0 == Format::F32 && left.iter().chain(right).all(|row| row.len() == n));
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: an f32 kernel exists only with AVX-512F; the lengths were looked at.
+        unsafe {
+            exact::dots(left, right, block.max(1), out);
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        unreachable!("no kernel exists on this processor: {:?}", (block, out));
+    }
+
+    /// A row as bf16 pairs, numbers below the normal ones as zero where that is quicker; `out` has a group for every two values.
+    ///
+    /// # Panics
+    /// When the kernel is not bf16, or `out` is too short.
+    pub(crate) fn round(self, x: &[f32], out: &mut [u32]) {
+        assert!(self.0 == Format::Bf16 && out.len() == x.len().div_ceil(2));
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a bf16 kernel exists only with AVX512-BF16; the length was looked at.
+        let done = unsafe { exact::round(x, out) };
+        #[cfg(not(target_arch = "x86_64"))]
+        let done = 0;
+        super::stage::bf16(&x[done..], &mut out[done / 2..]);
+    }
+
+    /// Floating-point operations a second of this kernel's multiplications in registers alone, on the threads of the
+    /// current pool: what no product can exceed. Takes about 10 ms; none for 8-bit integers.
+    pub(crate) fn peak(self) -> Option<f64> {
+        #[cfg(target_arch = "x86_64")]
+        if self.0 != Format::Q8 {
+            const ROUNDS: u32 = 100_000;
+            const TRIES: usize = 8;
+            let best = |_: rayon::BroadcastContext<'_>| {
+                let once = || {
+                    let started = std::time::Instant::now();
+                    peak::run(self.0, ROUNDS);
+                    peak::flops(self.0, ROUNDS) / started.elapsed().as_secs_f64()
+                };
+                (0..TRIES).map(|_| once()).fold(0.0, f64::max)
+            };
+            return Some(rayon::broadcast(best).into_iter().sum());
+        }
+        None
     }
 
     /// `out[r][..] = rows[r] · panel` (or `+=` when `add`) for all [`ROWS`] rows.
