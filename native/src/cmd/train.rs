@@ -79,6 +79,9 @@ pub(crate) struct Args {
     /// Seed of initialisation and data order.
     #[arg(long)]
     seed: Option<u64>,
+    /// Write the log as a TensorBoard event file too, beside log.jsonl, under the names SAELens gives its metrics.
+    #[arg(long)]
+    tensorboard: bool,
     /// Print the result as JSON.
     #[arg(long)]
     json: bool,
@@ -120,6 +123,7 @@ impl Args {
         put("steps", self.steps.map(|n| integer(n.0)));
         put("batch", self.batch.map(|n| integer(n as u64)));
         put("seed", self.seed.map(integer));
+        put("tensorboard", self.tensorboard.then(|| true.into()));
         for text in &self.set {
             overrides.push(Override::parse(text)?);
         }

@@ -15,7 +15,7 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use shared::config::train::TrainConfig;
+use shared::config::train::{EncoderPrecision, TrainConfig};
 use shared::metrics::Dead;
 
 use super::guard::Guard;
@@ -68,8 +68,15 @@ struct Header {
 /// # Errors
 /// If the configuration cannot be written as JSON.
 pub fn identity(config: &TrainConfig, data: &Value) -> Result<Value> {
-    // How often state is saved and logged does not change the result.
-    let config = TrainConfig { log_every: 1, checkpoint_every: 1, checkpoint_minutes: 1.0, ..config.clone() };
+    // How often state is saved and logged, and how the encoder product is found, does not change the result.
+    let config = TrainConfig {
+        log_every: 1,
+        checkpoint_every: 1,
+        checkpoint_minutes: 1.0,
+        tensorboard: false,
+        encoder_precision: EncoderPrecision::F32,
+        ..config.clone()
+    };
     // Through text, so that it compares equal to what is read back.
     let text = serde_json::to_string(&serde_json::json!({ "config": config, "data": data }))?;
     Ok(serde_json::from_str(&text)?)

@@ -222,14 +222,16 @@ pub(super) fn encode_through(
         Keep::Above(_) => TASK_LATENTS,
         Keep::Largest(_) => TASK_LATENTS_LARGEST,
     };
+    // As many bytes of the batch in bf16 are twice the rows, and weights are rounded half as often.
+    let tile_rows = if sieve.is_some() { 2 * TILE_ROWS } else { TILE_ROWS };
     let tasks: Vec<(usize, usize)> = (0..n_rows)
-        .step_by(TILE_ROWS)
+        .step_by(tile_rows)
         .flat_map(|row| (0..n).step_by(length).map(move |latent| (row, latent)))
         .collect();
     let done: Vec<Tile> = tasks
         .into_par_iter()
         .map_init(Scratch::default, |scratch, (row, latent)| {
-            let rows = row..(row + TILE_ROWS).min(n_rows);
+            let rows = row..(row + tile_rows).min(n_rows);
             let latents = latent..(latent + length).min(n);
             match sieve {
                 Some(sieve) => sift(params, &batch, sieve, rows, latents, selection, scratch),

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
+use shared::config::train::TrainConfig;
 
+use super::events::Events;
 use crate::files::write_bytes;
 
 /// A line of the log: means over the steps since the line before.
@@ -43,14 +45,15 @@ pub struct Line {
 pub struct Log {
     file: File,
     path: PathBuf,
+    events: Option<Events>,
 }
 
 impl Log {
-    /// Opens the log at `path`, keeping the lines up to `step`.
+    /// Opens the log at `path`, and beside it TensorBoard's where `config` asks for it, keeping the lines up to `step`.
     ///
     /// # Errors
     /// If the file cannot be read or written.
-    pub fn open(path: &Path, step: u64) -> Result<Self> {
+    pub fn open(path: &Path, step: u64, config: &TrainConfig) -> Result<Self> {
         let mut kept = Vec::new();
         if path.exists() {
             let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -67,10 +70,13 @@ impl Log {
             fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
         }
         write_bytes(path, kept.concat().as_bytes())?;
+        let folder = path.parent().unwrap_or(Path::new(""));
+        let events = config.tensorboard.then(|| Events::open(folder, step, config)).transpose()?;
         let file = OpenOptions::new().append(true).open(path);
         Ok(Self {
             file: file.with_context(|| format!("cannot write {}", path.display()))?,
             path: path.to_owned(),
+            events,
         })
     }
 
@@ -80,7 +86,10 @@ impl Log {
     /// If the disk refuses.
     pub fn write(&mut self, line: &Line) -> Result<()> {
         let text = serde_json::to_string(line)? + "\n";
-        self.file.write_all(text.as_bytes()).with_context(|| format!("cannot write {}", self.path.display()))
+        self.file
+            .write_all(text.as_bytes())
+            .with_context(|| format!("cannot write {}", self.path.display()))?;
+        self.events.as_mut().map_or(Ok(()), |events| events.write(line))
     }
 }
 
@@ -106,13 +115,19 @@ mod tests {
             tokens_per_s: 1.0,
             waiting: 0.0,
         };
-        let mut log = Log::open(&path, 0).unwrap();
+        let (config, quiet) =
+            (TrainConfig { tensorboard: true, ..TrainConfig::default() }, TrainConfig::default());
+        let mut log = Log::open(&path, 0, &quiet).unwrap();
+        let events = folder.path().join(crate::train::events::FILE);
+        assert!(!events.exists());
         for step in [10, 20, 30] {
             log.write(&line(step)).unwrap();
         }
         OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{\"step\": 4").unwrap();
-        let mut log = Log::open(&path, 20).unwrap();
+        let mut log = Log::open(&path, 20, &config).unwrap();
+        let empty = fs::metadata(&events).unwrap().len();
         log.write(&line(30)).unwrap();
+        assert!(fs::metadata(&events).unwrap().len() > empty);
         let text = fs::read_to_string(&path).unwrap();
         let steps: Vec<u64> = text.lines().map(|l| serde_json::from_str::<Line>(l).unwrap().step).collect();
         assert_eq!(steps, [10, 20, 30]);

@@ -3,12 +3,13 @@
 //! [`suite`] is the loop, over one autoencoder or many; [`step`] is one step, sparse after the encoder product: `encode` (through `sieve` where it may) and `forward` find what is active and
 //! decode it, `latent` finds and applies the gradients of one latent; [`params`], [`adam`], [`init`], [`schedule`] and
 //! [`pressure`] are what a step changes and by how much; [`source`], [`vectors`], [`live`],
-//! [`normalise`] and [`order`] say which vectors come when; [`guard`] keeps bad batches out; [`checkpoint`] and [`log`] are what a run leaves
+//! [`normalise`] and [`order`] say which vectors come when; [`guard`] keeps bad batches out; [`checkpoint`], [`log`] and `events` are what a run leaves
 //! on disk. The maths is defined, and judged, by [`shared::loss`].
 
 pub mod adam;
 pub mod checkpoint;
 pub(crate) mod encode;
+mod events;
 mod forward;
 pub mod guard;
 pub mod init;

@@ -173,7 +173,7 @@ impl<'a> Run<'a> {
             tracing::warn!("this processor has no AVX512-BF16: the encoder product is computed in f32");
         }
         let first_step = state.trainer.step;
-        let log = Log::open(&out.join("log.jsonl"), first_step)?;
+        let log = Log::open(&out.join("log.jsonl"), first_step, config)?;
         write_bytes(&out.join("config.toml"), to_toml(config)?.as_bytes())?;
         Ok(Self {
             source,
@@ -260,7 +260,7 @@ impl<'a> Run<'a> {
         );
         let guard = self.state.guard.after_rolling_back(&earlier.guard);
         self.state = State { guard, position: self.state.position, ..earlier };
-        self.log = Log::open(&self.out.join("log.jsonl"), step)?;
+        self.log = Log::open(&self.out.join("log.jsonl"), step, self.config)?;
         self.interval = Interval::new(step, waited);
         Ok(())
     }

@@ -137,9 +137,7 @@ fn lengths(v: &[f32]) -> [f32; 3] {
     };
     let (runs, rest) = v.as_chunks::<RUN>();
     for run in runs {
-        for lane in 0..RUN {
-            add(lane, run[lane]);
-        }
+        run.iter().enumerate().for_each(|(lane, &v)| add(lane, v));
     }
     rest.iter().enumerate().for_each(|(lane, &v)| add(lane, v));
     #[expect(clippy::cast_precision_loss, clippy::cast_possible_truncation, reason = "f32 is enough")]

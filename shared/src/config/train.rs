@@ -183,6 +183,8 @@ pub struct TrainConfig {
     pub encoder_precision: EncoderPrecision,
     /// Steps between two lines of the log.
     pub log_every: u64,
+    /// Whether the log is written as a TensorBoard event file too, under SAELens' names.
+    pub tensorboard: bool,
     /// Steps between two checkpoints.
     pub checkpoint_every: u64,
     /// Minutes after which a checkpoint is written in any case.
@@ -232,6 +234,7 @@ impl Default for TrainConfig {
             dead_window: Count(300_000),
             encoder_precision: EncoderPrecision::F32,
             log_every: 50,
+            tensorboard: false,
             checkpoint_every: 1000,
             checkpoint_minutes: 5.0,
         }
