@@ -372,7 +372,7 @@ fn bf16_does_not_change_a_bit() {
                 let y = noise.vector(300 * case.d_out, 0.35);
                 let (x, y) = (Rows::new(&x, D).unwrap(), Rows::new(&y, case.d_out).unwrap());
                 let forward = trainer.forward(x, y, &case.objective).unwrap();
-                again += forward.computed_again();
+                again += forward.effort().again;
                 trainer.update(&forward, &case.settings()).unwrap();
             }
             trainer.precision = EncoderPrecision::F32;

@@ -39,8 +39,5 @@ fn forget_peak_memory() {
 /// The most memory this process ever held, in MiB; `None` where the system does not say.
 #[must_use]
 pub fn peak_memory_mib() -> Option<f64> {
-    let status = fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kib: f64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
-    Some(kib / 1024.0)
+    crate::train::speed::memory_mib("VmHWM:")
 }

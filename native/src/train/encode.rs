@@ -5,6 +5,8 @@
 //! once a step, and not the weights, which are larger and change: a tile has latents as its rows, and a latent's cut and bias
 //! meet vectors of rows of the batch. Tiles have fixed sizes, so that results do not depend on the number of threads.
 
+use std::time::Instant;
+
 use anyhow::Result;
 use rayon::prelude::*;
 
@@ -61,8 +63,16 @@ pub(crate) struct Encoded {
     pub(crate) kept: Kept,
     /// The largest dead latents.
     pub(crate) dead: Kept,
-    /// Pre-activations computed once more after bf16.
-    pub(crate) again: usize,
+    pub(crate) effort: Effort,
+}
+
+/// What an encoder product took.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Effort {
+    /// Pre-activations computed once more in f32 after bf16.
+    pub again: usize,
+    /// How long it took, with what is kept of it.
+    pub seconds: f64,
 }
 
 /// What was kept of each row, latents ascending.
@@ -199,11 +209,14 @@ pub(crate) fn encode(
     selection: Selection<'_>,
     precision: EncoderPrecision,
 ) -> Result<Encoded> {
+    let started = Instant::now();
     let sieve = match precision {
         EncoderPrecision::F32 => None,
         EncoderPrecision::Bf16 => Sieve::new(params, input)?,
     };
-    encode_through(params, input, selection, sieve.as_ref())
+    let mut encoded = encode_through(params, input, selection, sieve.as_ref())?;
+    encoded.effort.seconds = started.elapsed().as_secs_f64();
+    Ok(encoded)
 }
 
 /// [`encode`], by a sieve or without.
@@ -239,12 +252,12 @@ pub(super) fn encode_through(
             }
         })
         .collect::<Result<_>>()?;
-    let again = done.iter().map(|tile| tile.again).sum();
+    let effort = Effort { again: done.iter().map(|tile| tile.again).sum(), seconds: 0.0 };
     let per_tile = n.div_ceil(length).max(1);
     let merged: Vec<Vec<(Vec<Candidate>, Vec<Candidate>)>> =
         done.into_par_iter().chunks(per_tile).map(|parts| merge(parts, selection)).collect();
     let (main, dead): (Vec<_>, Vec<_>) = merged.into_iter().flatten().unzip();
-    Ok(Encoded { kept: Kept::collect(main.into_iter()), dead: Kept::collect(dead.into_iter()), again })
+    Ok(Encoded { kept: Kept::collect(main.into_iter()), dead: Kept::collect(dead.into_iter()), effort })
 }
 
 /// The rows of a tile against some latents, in f32.

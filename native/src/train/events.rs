@@ -88,7 +88,9 @@ impl Events {
             ("details/skipped_batches", skipped),
             ("performance/tokens_per_s", line.tokens_per_s),
             ("performance/waiting", line.waiting),
+            ("performance/encoder_gflops", line.speed.encoder_gflops),
         ];
+        scalars.extend(line.speed.mfu.map(|mfu| ("performance/mfu", mfu)));
         scalars.extend(self.coefficient.map(|name| (name, line.lambda)));
         scalars
     }
@@ -281,6 +283,7 @@ mod tests {
             skipped: 2,
             tokens_per_s: 1000.0,
             waiting: 0.125,
+            speed: crate::train::speed::Speed { mfu: Some(0.5), ..Default::default() },
         }
     }
 
@@ -303,6 +306,7 @@ mod tests {
             ("details/current_learning_rate", 1e-3),
             ("details/n_training_samples", 2400.0),
             ("details/l0_coefficient", 7.0),
+            ("performance/mfu", 0.5),
         ] {
             assert_eq!(value(name), Some(wanted), "{name}");
         }

@@ -10,7 +10,7 @@ use shared::Rows;
 use shared::config::train::EncoderPrecision;
 use shared::loss::{Losses, Objective, Sparsity};
 
-use super::encode::{Candidate, Encoded, Keep, Kept, Selection, encode};
+use super::encode::{Candidate, Effort, Encoded, Keep, Kept, Selection, encode};
 use super::params::{Latents, Params};
 use super::simd::{add_scaled, dot, vectorised};
 use crate::cpu::gemm::{Matrix, product};
@@ -38,7 +38,7 @@ pub struct Forward {
     pub(super) left_variance: f64,
     /// The smallest value that BatchTopK chose.
     pub(super) smallest: Option<f32>,
-    again: usize,
+    effort: Effort,
     losses: Losses,
     n_active: usize,
 }
@@ -115,10 +115,10 @@ impl Forward {
         self.n_active
     }
 
-    /// Pre-activations that were computed once more in f32 after bf16.
+    /// What the encoder product took.
     #[must_use]
-    pub fn computed_again(&self) -> usize {
-        self.again
+    pub fn effort(&self) -> Effort {
+        self.effort
     }
 
     /// `x̂ − y` of row `row`.
@@ -227,7 +227,7 @@ pub(super) fn forward(
         channels: Channels::new(params, objective, n_rows),
         left_variance: 0.0,
         smallest: selected.smallest,
-        again: selected.again,
+        effort: selected.effort,
         losses: Losses { mse: 0.0, reconstruction: 0.0, sparsity: 0.0, auxiliary: 0.0, l0: 0.0 },
         n_active: 0,
     };
@@ -243,7 +243,7 @@ struct Selected {
     chosen: Vec<bool>,
     dead: Kept,
     smallest: Option<f32>,
-    again: usize,
+    effort: Effort,
 }
 
 fn select(
@@ -258,7 +258,7 @@ fn select(
     let run = |keep: Keep<'_>| encode(params, input, Selection { keep, dead }, precision);
     let above = |cut: f32| run(Keep::Above(&vec![cut; params.n_latents()]));
     let plain =
-        |Encoded { kept, dead, again }| Selected { kept, chosen: Vec::new(), dead, smallest: None, again };
+        |Encoded { kept, dead, effort }| Selected { kept, chosen: Vec::new(), dead, smallest: None, effort };
     match params.latents {
         Latents::Relu | Latents::Gated => above(0.0).map(plain),
         Latents::JumpRelu { bandwidth, .. } => {

@@ -76,6 +76,10 @@ fn memory() -> u64 {
 }
 
 impl ActivationSource for LiveTaps {
+    fn maker(&self) -> &'static str {
+        "LM"
+    }
+
     fn taps(&self) -> &[SourceTap] {
         &self.taps
     }

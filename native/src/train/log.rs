@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use shared::config::train::TrainConfig;
 
 use super::events::Events;
+use super::speed::Speed;
 use crate::files::write_bytes;
 
 /// A line of the log: means over the steps since the line before.
@@ -38,6 +39,9 @@ pub struct Line {
     pub tokens_per_s: f64,
     /// Share of the time spent waiting for data; not part of what resuming reproduces either.
     pub waiting: f64,
+    /// Where the time went; nor is this.
+    #[serde(flatten)]
+    pub speed: Speed,
 }
 
 /// Appends lines to a file.
@@ -114,6 +118,7 @@ mod tests {
             skipped: 0,
             tokens_per_s: 1.0,
             waiting: 0.0,
+            speed: Speed { mfu: Some(0.25), ..Speed::default() },
         };
         let (config, quiet) =
             (TrainConfig { tensorboard: true, ..TrainConfig::default() }, TrainConfig::default());
@@ -131,5 +136,8 @@ mod tests {
         let text = fs::read_to_string(&path).unwrap();
         let steps: Vec<u64> = text.lines().map(|l| serde_json::from_str::<Line>(l).unwrap().step).collect();
         assert_eq!(steps, [10, 20, 30]);
+        let last = text.lines().last().unwrap();
+        assert_eq!(serde_json::from_str::<Line>(last).unwrap(), line(30));
+        assert!(last.contains("\"mfu\":0.25"), "{last}");
     }
 }

@@ -26,11 +26,13 @@ pub mod schedule;
 mod sieve;
 pub(crate) mod simd;
 pub mod source;
+pub mod speed;
 pub mod step;
 pub mod suite;
 pub mod vectors;
 
 pub use adam::Betas;
+pub use encode::Effort;
 pub use forward::Forward;
 pub use live::LiveTaps;
 pub use params::{Latents, Moments, Params, Tensors};

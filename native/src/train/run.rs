@@ -208,6 +208,7 @@ impl<'a> Run<'a> {
 
     /// Learns from a batch, after which the stream stands at `position` and has been waited for `waited`.
     pub(super) fn step(&mut self, batch: &Pairs, position: Position, waited: Duration) -> Result<()> {
+        let started = Instant::now();
         let (config, step) = (self.config, self.state.trainer.step);
         let objective = self.objective();
         let [lr, own_lr] = rates(config, step);
@@ -222,7 +223,7 @@ impl<'a> Run<'a> {
                 let params = &self.state.trainer.params;
                 self.state.dead.update_fired(x.n_rows() as u64, forward.fired(params));
                 self.state.pressure.observe(config, step, &forward, params);
-                self.interval.add(&forward, &settings);
+                self.interval.add(&forward, &settings, started.elapsed());
             }
             Verdict::Skip => {}
             Verdict::RollBack => return self.roll_back(waited),
@@ -296,14 +297,10 @@ impl<'a> Run<'a> {
         if self.interval.n_steps > 0 {
             let variance = scaling.output().variance();
             let (skipped, step) = (guard.skipped, trainer.step);
-            let line = self.interval.line(variance, settings, dead, self.config, skipped, step, waited);
-            self.message = format!(
-                "L0 {:.1} · FVU {:.3} · dead {:.1} % · waits for data {:.0} %",
-                line.l0,
-                line.fvu,
-                100.0 * line.dead,
-                100.0 * line.waiting
-            );
+            let mut line = self.interval.line(variance, settings, dead, self.config, skipped, step, waited);
+            let widths = widths(&**self.source, self.wiring);
+            line.speed = self.interval.speed(self.config, widths, self.steps().1);
+            self.message = line.message(self.source.maker());
             self.log.write(&line)?;
         }
         self.interval = Interval::new(trainer.step, waited);

@@ -82,6 +82,10 @@ pub trait ActivationSource: Send + Sync {
     /// # Errors
     /// As [`ActivationSource::read`].
     fn held_out(&self, taps: &[usize], limit: usize) -> Result<Vec<Vec<f32>>>;
+    /// What training waits for when it waits for these vectors: `IO`, or the language model, `LM`.
+    fn maker(&self) -> &'static str {
+        "IO"
+    }
     /// What identifies these vectors, whatever the tap: for provenance, and to refuse resuming on others. A JSON object.
     fn provenance(&self) -> &Value;
     /// What the weights should say about the data they read, but for the tap.

@@ -74,8 +74,8 @@ fn compare(name: &str, params: &Params, input: &[f32], quantile: f32) -> Vec<f64
         let plain = encode_through(params, input, *selection, None).unwrap();
         let sieved = encode_through(params, input, *selection, Some(&sieve)).unwrap();
         assert!(bits(&plain) == bits(&sieved), "{name}, selection {i}");
-        assert_eq!(plain.again, 0);
-        sieved.again as f64 / (n_rows * n) as f64
+        assert_eq!(plain.effort.again, 0);
+        sieved.effort.again as f64 / (n_rows * n) as f64
     });
     shares.collect()
 }
