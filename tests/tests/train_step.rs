@@ -365,7 +365,7 @@ fn bf16_does_not_change_a_bit() {
     for case in cases() {
         let run = |precision: EncoderPrecision| {
             let mut trainer = Trainer::new(case.start(), case.momentum > 0.0);
-            trainer.precision = precision;
+            trainer.set_precision(precision);
             let (mut noise, mut again) = (Noise(29), 0);
             for _ in 0..5 {
                 let x = noise.vector(300 * D, 0.35);
@@ -375,7 +375,7 @@ fn bf16_does_not_change_a_bit() {
                 again += forward.effort().again;
                 trainer.update(&forward, &case.settings()).unwrap();
             }
-            trainer.precision = EncoderPrecision::F32;
+            trainer.set_precision(EncoderPrecision::F32);
             (trainer, again)
         };
         let ((plain, none), (sieved, some)) = (run(EncoderPrecision::F32), run(EncoderPrecision::Bf16));

@@ -152,7 +152,7 @@ impl TrainStepBench {
     /// # Errors
     /// If the step fails.
     pub fn round(&mut self, precision: EncoderPrecision) -> Result<TrainStepRound> {
-        self.trainer.precision = precision;
+        self.trainer.set_precision(precision);
         let x = Rows::new(&self.batch, self.trainer.params.d_in)?;
         let betas = Betas { first: 0.0, second: 0.999, eps: 1e-8 };
         let settings = Settings { lr: LR, own_lr: LR, betas, objective: &self.objective };

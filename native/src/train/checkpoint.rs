@@ -240,8 +240,10 @@ fn read(bytes: &[u8], config: &TrainConfig, [d_in, d_out]: [usize; 2], identity:
     };
     let target = config.target.map(|_| measured("target_data", d_out)).transpose()?;
     let scaling = Scaling { input: measured("data", d_in)?, target };
+    let mut trainer = Trainer::resume(params, moments, header.step);
+    trainer.set_precision(config.encoder_precision);
     Ok(State {
-        trainer: Trainer { params, moments, step: header.step, precision: config.encoder_precision },
+        trainer,
         position: header.position,
         guard: header.guard,
         pressure: header.pressure,

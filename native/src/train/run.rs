@@ -158,7 +158,7 @@ impl<'a> Run<'a> {
                 let Beginning { scaling, sample } = beginning()?;
                 let params = init::params(config, &scaling, &sample)?;
                 let mut trainer = Trainer::new(params, config.momentum() > 0.0);
-                trainer.precision = config.encoder_precision;
+                trainer.set_precision(config.encoder_precision);
                 State {
                     trainer,
                     position: Position::default(),

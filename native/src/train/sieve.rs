@@ -358,7 +358,8 @@ pub(super) fn sift(
         let Some(near) = near else { continue };
         near.left(&mut scratch.again);
         if scratch.again.len() > n_rows * latents.len() / MANY {
-            return task(params, batch, rows, latents, selection, &mut scratch.z);
+            let again = n_rows * latents.len();
+            return Ok(Tile { again, ..task(params, batch, rows, latents, selection, &mut scratch.z)? });
         }
         tile.again += scratch.again.len();
         let into = if part == 0 { &mut tile.main } else { &mut tile.dead };

@@ -22,6 +22,10 @@ use super::params::{Latents, Moments, Params};
 use super::simd::{add_scaled, vectorised};
 use crate::cpu::gemm::{Matrix, product};
 
+/// Where more than one pre-activation in so many was computed again after bf16, f32 alone is quicker.
+const DENSE: usize = 25;
+/// Steps it is then left at.
+const PAUSE: u32 = 50;
 /// Latents of a piece of work.
 const PIECE: usize = 64;
 /// Weight of the newest batch in the running threshold of BatchTopK.
@@ -49,8 +53,9 @@ pub struct Trainer {
     pub moments: Moments,
     /// Steps taken.
     pub step: u64,
-    /// How the encoder product is found; changes no bit of the result.
-    pub precision: EncoderPrecision,
+    precision: EncoderPrecision,
+    /// Steps for which bf16 is not tried again: too little could be ruled out.
+    pause: u32,
 }
 
 impl Trainer {
@@ -58,7 +63,18 @@ impl Trainer {
     #[must_use]
     pub fn new(params: Params, momentum: bool) -> Self {
         let moments = Moments::new(&params, momentum);
-        Self { params, moments, step: 0, precision: EncoderPrecision::F32 }
+        Self { params, moments, step: 0, precision: EncoderPrecision::F32, pause: 0 }
+    }
+
+    /// Goes on after `step` steps.
+    #[must_use]
+    pub fn resume(params: Params, moments: Moments, step: u64) -> Self {
+        Self { params, moments, step, precision: EncoderPrecision::F32, pause: 0 }
+    }
+
+    /// How the encoder product is found from now on; changes no bit of the result.
+    pub fn set_precision(&mut self, precision: EncoderPrecision) {
+        (self.precision, self.pause) = (precision, 0);
     }
 
     /// Forward pass over normalised rows `x [N, d_in]` with targets `y [N, d_out]`; changes nothing.
@@ -66,7 +82,8 @@ impl Trainer {
     /// # Errors
     /// If rows do not have the right widths or there are none.
     pub fn forward(&self, x: Rows<'_>, y: Rows<'_>, objective: &Objective) -> Result<Forward> {
-        forward(&self.params, x, y, objective, self.precision)
+        let precision = if self.pause > 0 { EncoderPrecision::F32 } else { self.precision };
+        forward(&self.params, x, y, objective, precision)
     }
 
     /// Backward pass and update: the step is taken.
@@ -75,6 +92,8 @@ impl Trainer {
     /// If the forward pass was of other parameters, of other shapes.
     pub fn update(&mut self, forward: &Forward, settings: &Settings<'_>) -> Result<()> {
         self.step += 1;
+        let dense = forward.effort().again > forward.n_rows * self.params.n_latents() / DENSE;
+        self.pause = if dense { PAUSE } else { self.pause.saturating_sub(1) };
         let batch = Batch::new(&self.params, forward, settings, self.step);
         let mut g_b_dec = vec![0.0f32; self.params.d_out];
         vectorised(|| {
