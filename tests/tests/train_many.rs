@@ -44,6 +44,12 @@ activation = 'batchtopk'
 k = 4
 width = 96
 prefixes = [0.25, 1.0]
+[[sae]]
+name = 'resampled'
+target_l0 = 4.0
+beta1 = 0.0
+dead_window = 900
+resample_every = 40
 ";
 
 fn jobs(out: &Path) -> Vec<Job> {
@@ -117,7 +123,7 @@ fn one_that_fails_stops_alone_and_jobs_that_disagree_are_refused() {
     fs::write(jobs[1].out.join("run.json"), "{}").unwrap();
     let results = run_all(&source(&vectors), &jobs, &StopFlag::default()).unwrap();
     let failed: Vec<bool> = results.iter().map(Result::is_err).collect();
-    assert_eq!(failed, [false, true, false, false]);
+    assert_eq!(failed, [false, true, false, false, false]);
     assert!(format!("{:#}", results[1].as_ref().unwrap_err()).contains("run.json"));
 
     jobs[2].config.seed = 64;

@@ -229,7 +229,7 @@ fn read(bytes: &[u8], config: &TrainConfig, [d_in, d_out]: [usize; 2], identity:
     let pre_bias = config.subtracts_bias();
     let params = Params { d_in, d_out, tensors: tensors("")?, latents, pre_bias };
     let moments = Moments {
-        first: if config.momentum() > 0.0 { Some(tensors("first.")?) } else { None },
+        first: if config.beta1 > 0.0 { Some(tensors("first.")?) } else { None },
         second: tensors("second.")?,
         weights_step: integers("weights_step")?,
         own_step: integers("own_step")?,
@@ -287,7 +287,7 @@ mod tests {
     use serde_json::json;
 
     fn config() -> TrainConfig {
-        TrainConfig { width: 3, target_l0: Some(1.0), lr: 0.1 + 0.2, ..TrainConfig::default() }
+        TrainConfig { width: 3, target_l0: Some(1.0), lr: 0.1 + 0.2, beta1: 0.0, ..TrainConfig::default() }
     }
 
     fn state() -> State {

@@ -1,9 +1,10 @@
 //! Training autoencoders on the CPU, from a store of activations or straight from a language model.
 //!
-//! [`suite`] is the loop, over one autoencoder or many; [`step`] is one step, sparse after the encoder product: `encode` (through `sieve` where it may) and `forward` find what is active and
-//! decode it, `latent` finds and applies the gradients of one latent; [`params`], [`adam`], [`init`], [`schedule`] and
-//! [`pressure`] are what a step changes and by how much; [`source`], [`vectors`], [`live`],
-//! [`normalise`] and [`order`] say which vectors come when; [`guard`] keeps bad batches out; [`checkpoint`], [`log`] and `events` are what a run leaves
+//! [`suite`] is the loop, over one autoencoder or many; [`step`] is one step, sparse after the encoder product: `encode` (through
+//! `sieve` where it may) and `forward` find what is active and decode it, `latent` finds and applies the gradients of one latent;
+//! [`params`], [`adam`], [`init`], [`schedule`], [`pressure`] and `resample` are what a step changes and by how much; [`source`],
+//! [`vectors`], [`live`], [`normalise`] and [`order`] say which vectors come when; [`guard`] keeps bad batches out; [`checkpoint`],
+//! [`log`] and `events` are what a run leaves
 //! on disk. The maths is defined, and judged, by [`shared::loss`].
 
 pub mod adam;
@@ -21,6 +22,7 @@ pub mod normalise;
 pub mod order;
 pub mod params;
 pub mod pressure;
+mod resample;
 mod run;
 pub mod schedule;
 mod sieve;

@@ -18,6 +18,7 @@ use shared::metrics::{Dead, Fvu, L0};
 use shared::{Rows, Sae};
 
 use super::checkpoint::{self, State};
+use super::forward::Forward;
 use super::guard::{Guard, Verdict};
 use super::init;
 use super::interval::Interval;
@@ -157,7 +158,7 @@ impl<'a> Run<'a> {
             None => {
                 let Beginning { scaling, sample } = beginning()?;
                 let params = init::params(config, &scaling, &sample)?;
-                let mut trainer = Trainer::new(params, config.momentum() > 0.0);
+                let mut trainer = Trainer::new(params, config.beta1 > 0.0);
                 trainer.set_precision(config.encoder_precision);
                 State {
                     trainer,
@@ -223,6 +224,7 @@ impl<'a> Run<'a> {
                 let params = &self.state.trainer.params;
                 self.state.dead.update_fired(x.n_rows() as u64, forward.fired(params));
                 self.state.pressure.observe(config, step, &forward, params);
+                self.resample(&forward);
                 self.interval.add(&forward, &settings, started.elapsed());
             }
             Verdict::Skip => {}
@@ -239,6 +241,17 @@ impl<'a> Run<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Begins dead latents again, when it is time; never while the learning rate falls, when they could not learn any more.
+    fn resample(&mut self, forward: &Forward) {
+        let (config, step) = (self.config, self.state.trainer.step);
+        let due = config.resample_every > 0 && step.is_multiple_of(config.resample_every);
+        if due && rates(config, step)[0] >= config.lr {
+            let dead = self.state.dead.mask_within(config.dead_window.0);
+            let begun = self.state.trainer.resample(forward, &dead, config.seed);
+            self.state.dead.revive(begun);
+        }
     }
 
     /// Takes up earlier parameters, and goes on with what comes next in the data.

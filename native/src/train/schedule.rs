@@ -16,7 +16,7 @@ pub fn rates(config: &TrainConfig, step: u64) -> [f64; 2] {
 /// The optimiser's constants.
 #[must_use]
 pub fn betas(config: &TrainConfig) -> Betas {
-    Betas { first: config.momentum(), second: config.beta2, eps: config.adam_eps }
+    Betas { first: config.beta1, second: config.beta2, eps: config.adam_eps }
 }
 
 /// Cosine warm-up from a tenth (arXiv 2408.05147 §3.2), then constant, then linear to zero at the very end.

@@ -65,6 +65,11 @@ impl Dead {
         }
     }
 
+    /// Counts latents as having fired in the last row: they have just been begun again. Others are ignored.
+    pub fn revive(&mut self, latents: impl IntoIterator<Item = u32>) {
+        self.update_fired(0, latents);
+    }
+
     /// Rows seen.
     #[must_use]
     pub fn n_rows(&self) -> u64 {

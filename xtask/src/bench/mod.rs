@@ -3,6 +3,7 @@
 //! This file owns the list of benches; one file holds one bench, `worker` talks to the programs that take turns.
 
 mod harvest;
+mod quality;
 mod store;
 mod train_step;
 mod worker;
@@ -27,6 +28,12 @@ enum Bench {
     /// cores. With --peer-python also Hugging Face transformers on the same tokens, in turn with ours; the last lines are
     /// then `ratio NAME X.XX`, our tokens/s over its. A figure is that of the best round.
     Harvest(harvest::Args),
+    /// FVU and delta loss against L0: seven kinds of autoencoder at four sparsities on one store (configs/pareto.toml).
+    ///
+    /// Harvests, trains all from one stream, and measures them on held-out text; takes about two hours on two cores. With
+    /// --peer-python also SAELens and dictionary_learning on the same vectors; the last lines are then
+    /// `ratio fvu-NAME X.XXX`, our FVU at that one's L0 over its FVU.
+    Quality(quality::Args),
     /// Reading the shards of a store, checksums included, beside a plain reading of the same bytes.
     ///
     /// The last lines are `ratio store-read-TYPE-HOW X.XX`, our speed over the plain one's.
@@ -42,6 +49,7 @@ enum Bench {
 pub(crate) fn run(places: &Places, args: &Args) -> Result<()> {
     match &args.bench {
         Bench::Harvest(args) => harvest::run(places, args),
+        Bench::Quality(args) => quality::run(places, args),
         Bench::Store => store::run(places),
         Bench::TrainStep(args) => train_step::run(places, args),
     }

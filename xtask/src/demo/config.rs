@@ -1,13 +1,11 @@
-//! `configs/demo.toml` holds one table a stage; the commands read one file each. This file cuts the one into the other.
+//! A configuration of several stages holds one table a stage; the commands read one file each. This file cuts the one into
+//! the others.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-
-/// The stages that have a table.
-const STAGES: [&str; 4] = ["harvest", "train", "eval", "features"];
 
 /// One configuration file a stage, written to a folder.
 #[derive(Debug)]
@@ -16,16 +14,16 @@ pub(crate) struct Configs {
     tables: BTreeMap<String, (PathBuf, toml::Table, String)>,
 }
 
-/// Reads `source` and writes each of its tables as `folder/STAGE.toml`.
-pub(crate) fn split(source: &Path, folder: &Path) -> Result<Configs> {
+/// Reads `source` and writes each of its tables, which are those of `stages`, as `folder/STAGE.toml`.
+pub(crate) fn split(source: &Path, stages: &[&str], folder: &Path) -> Result<Configs> {
     let text = fs::read_to_string(source).with_context(|| format!("cannot read {}", source.display()))?;
     let whole: toml::Table =
         text.parse().with_context(|| format!("{} is not valid TOML", source.display()))?;
     fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
     let mut tables = BTreeMap::new();
     for (name, value) in whole {
-        let (true, toml::Value::Table(table)) = (STAGES.contains(&name.as_str()), value) else {
-            bail!("{}: `{name}` is not one of the tables {}", source.display(), STAGES.join(", "));
+        let (true, toml::Value::Table(table)) = (stages.contains(&name.as_str()), value) else {
+            bail!("{}: `{name}` is not one of the tables {}", source.display(), stages.join(", "));
         };
         let text = toml::to_string(&table).context("cannot write TOML")?;
         let path = folder.join(format!("{name}.toml"));
@@ -36,6 +34,11 @@ pub(crate) fn split(source: &Path, folder: &Path) -> Result<Configs> {
 }
 
 impl Configs {
+    /// The table of a stage.
+    pub(crate) fn values(&self, stage: &str) -> Result<&toml::Table> {
+        self.table(stage).map(|(_, table, _)| table)
+    }
+
     fn table(&self, stage: &str) -> Result<&(PathBuf, toml::Table, String)> {
         self.tables.get(stage).with_context(|| format!("{} has no table [{stage}]", self.source.display()))
     }
@@ -77,7 +80,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let source = folder.path().join("demo.toml");
         fs::write(&source, text).unwrap();
-        split(&source, &folder.path().join("out"))
+        split(&source, &["harvest", "train", "eval"], &folder.path().join("out"))
     }
 
     #[test]

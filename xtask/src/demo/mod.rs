@@ -3,8 +3,8 @@
 //! This file owns the order of the stages and what is printed; `stage` decides whether one is finished,
 //! `config` cuts `configs/demo.toml` into one file a stage.
 
-mod config;
-mod stage;
+pub(crate) mod config;
+pub(crate) mod stage;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -20,6 +20,8 @@ use crate::run::{self, Program};
 use crate::setup::{self, Purpose, Tools};
 use stage::Stages;
 
+/// The tables of `configs/demo.toml`.
+const STAGES: [&str; 4] = ["harvest", "train", "eval", "features"];
 /// The layer whose residual stream the demo looks at: the middle of SmolLM2's thirty blocks.
 const TAP: &str = "resid.14";
 /// The folder of the demo's pack, and its name in the page's addresses.
@@ -140,8 +142,8 @@ impl Demo<'_> {
     /// Harvest, train, eval, features: each depends on the one before and on its part of the configuration.
     fn data_stages(&self, args: &Args, model: &Input, text: &Input, report: &mut Report) -> Result<()> {
         report.heading("From text to features");
-        let configs =
-            config::split(&self.places.root.join("configs").join("demo.toml"), &self.work.join("config"))?;
+        let source = self.places.root.join("configs").join("demo.toml");
+        let configs = config::split(&source, &STAGES, &self.work.join("config"))?;
         let mut stages = Stages::new(&self.work, report);
         let redo = |stage: From| args.from.is_some_and(|from| stage >= from);
 
