@@ -4,13 +4,14 @@
 //! `sieve` where it may) and `forward` find what is active and decode it, `latent` finds and applies the gradients of one latent;
 //! [`params`], [`adam`], [`init`], [`schedule`], [`pressure`] and `resample` are what a step changes and by how much; [`source`],
 //! [`vectors`], [`live`], [`normalise`] and [`order`] say which vectors come when; [`guard`] keeps bad batches out; [`checkpoint`],
-//! [`log`] and `events` are what a run leaves
+//! [`log`] and `events` are what a run leaves, with `finish` at its end,
 //! on disk. The maths is defined, and judged, by [`shared::loss`].
 
 pub mod adam;
 pub mod checkpoint;
 pub(crate) mod encode;
 mod events;
+mod finish;
 mod forward;
 pub mod guard;
 pub mod init;
@@ -35,10 +36,10 @@ pub mod vectors;
 
 pub use adam::Betas;
 pub use encode::Effort;
+pub use finish::Summary;
 pub use forward::Forward;
 pub use live::LiveTaps;
 pub use params::{Latents, Moments, Params, Tensors};
-pub use run::Summary;
 pub use sieve::has_bf16;
 pub use source::{ActivationSource, SourceTap, Statistics, StoreTaps, Vectors, Wiring};
 pub use step::{Settings, Trainer};

@@ -1,28 +1,25 @@
-//! One autoencoder in training: batch by batch forward and update, log and checkpoints in between, weights at the end.
+//! One autoencoder in training: batch by batch forward and update, log and checkpoints in between.
 //!
-//! [`super::suite`] brings the batches.
+//! [`super::suite`] brings the batches, [`super::finish`] is the end.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
-use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use anyhow::{Context, Result};
+use serde_json::Value;
+use shared::Rows;
 use shared::config::to_toml;
 use shared::config::train::{EncoderPrecision, TrainConfig};
-use shared::fold::Scales;
 use shared::loss::{AuxK, DeadPull, MultiTopK, Objective, Prefix};
-use shared::metrics::{Dead, Fvu, L0};
-use shared::{Rows, Sae};
+use shared::metrics::Dead;
 
 use super::checkpoint::{self, State};
 use super::forward::Forward;
 use super::guard::{Guard, Verdict};
 use super::init;
 use super::interval::Interval;
-use super::log::{Line, Log};
+use super::log::Log;
 use super::normalise::Scaling;
 use super::order::{Batches, Pairs, Position, Shards};
 use super::pressure::Pressure;
@@ -30,70 +27,7 @@ use super::schedule::{betas, rates};
 use super::sieve::has_bf16;
 use super::source::{ActivationSource, Wiring};
 use super::step::{Settings, Trainer};
-use crate::cpu::CpuBackend;
 use crate::files::write_bytes;
-use crate::input_limit;
-use crate::sae_files::{SaeFile, release};
-
-/// Held-out vectors that the final metrics are taken on.
-const HELD_OUT_ROWS: usize = 20_000;
-
-/// How a run ended, also written to `run.json`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Summary {
-    /// Steps taken.
-    pub steps: u64,
-    /// Vectors trained on.
-    pub tokens: u64,
-    /// Mean L0 over the last tenth of the steps.
-    pub l0: f64,
-    /// FVU over the last tenth of the steps.
-    pub fvu: f64,
-    /// Share of latents that did not fire within the dead window.
-    pub dead: f64,
-    /// Mean L0 on held-out vectors, when there are some.
-    pub held_out_l0: Option<f64>,
-    /// FVU on held-out vectors, when there are some.
-    pub held_out_fvu: Option<f64>,
-    /// Batches not learned from.
-    pub skipped: u64,
-    /// How often earlier parameters were taken up again.
-    pub rolled_back: u32,
-    /// Training speed of this process, over all its steps.
-    pub tokens_per_s: f64,
-}
-
-/// `run.json`: what was done, to which data, with what result.
-#[derive(Serialize, Deserialize)]
-struct RunFile {
-    writer: String,
-    identity: Value,
-    config: TrainConfig,
-    data: Value,
-    /// The scalar C that was folded into the weights.
-    scale: f64,
-    /// That of a transcoder's targets.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    target_scale: Option<f64>,
-    /// Raw vectors longer than this were not trained on.
-    max_input_norm: Option<f64>,
-    metrics: Summary,
-}
-
-/// The summary of a finished run in `out`.
-pub(super) fn finished(out: &Path, identity: &Value) -> Result<Option<Summary>> {
-    let path = out.join("run.json");
-    if !path.exists() {
-        return Ok(None);
-    }
-    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    let file: RunFile =
-        serde_json::from_str(&text).with_context(|| format!("{} is not a training run", path.display()))?;
-    if file.identity != *identity {
-        bail!("{} holds another finished run; give another --out, or remove it", out.display());
-    }
-    Ok(Some(file.metrics))
-}
 
 /// What the first steps of every run over the same data need of it.
 #[derive(Debug, Clone)]
@@ -122,16 +56,16 @@ impl Beginning {
 
 /// One autoencoder in training.
 pub(super) struct Run<'a> {
-    source: &'a Arc<dyn ActivationSource>,
-    wiring: Wiring,
-    config: &'a TrainConfig,
-    out: PathBuf,
-    identity: Value,
-    state: State,
+    pub(super) source: &'a Arc<dyn ActivationSource>,
+    pub(super) wiring: Wiring,
+    pub(super) config: &'a TrainConfig,
+    pub(super) out: PathBuf,
+    pub(super) identity: Value,
+    pub(super) state: State,
     log: Log,
     interval: Interval,
-    started: Instant,
-    first_step: u64,
+    pub(super) started: Instant,
+    pub(super) first_step: u64,
     /// The last line of the log, for people.
     pub(super) message: String,
 }
@@ -146,7 +80,7 @@ impl<'a> Run<'a> {
         identity: Value,
         beginning: impl FnOnce() -> Result<Beginning>,
     ) -> Result<Self> {
-        let widths = widths(&**source, wiring);
+        let widths = wiring.widths(&**source);
         let state = match checkpoint::load(out, config, widths, &identity)? {
             Some(state) => {
                 tracing::info!("{}: going on from step {}", out.display(), state.trainer.step);
@@ -214,7 +148,7 @@ impl<'a> Run<'a> {
         let objective = self.objective();
         let [lr, own_lr] = rates(config, step);
         let settings = Settings { lr, own_lr, betas: betas(config), objective: &objective };
-        let [d_in, d_out] = widths(&**self.source, self.wiring);
+        let [d_in, d_out] = self.wiring.widths(&**self.source);
         let (x, y) = (Rows::new(&batch.x, d_in)?, Rows::new(batch.targets(), d_out)?);
         let forward = self.state.trainer.forward(x, y, &objective)?;
         self.state.position = position;
@@ -256,7 +190,7 @@ impl<'a> Run<'a> {
 
     /// Takes up earlier parameters, and goes on with what comes next in the data.
     fn roll_back(&mut self, waited: Duration) -> Result<()> {
-        let widths = widths(&**self.source, self.wiring);
+        let widths = self.wiring.widths(&**self.source);
         let earlier = checkpoint::load_earlier(&self.out, self.config, widths, &self.identity)?;
         let earlier = earlier.with_context(|| {
             format!(
@@ -311,7 +245,7 @@ impl<'a> Run<'a> {
             let variance = scaling.output().variance();
             let (skipped, step) = (guard.skipped, trainer.step);
             let mut line = self.interval.line(variance, settings, dead, self.config, skipped, step, waited);
-            let widths = widths(&**self.source, self.wiring);
+            let widths = self.wiring.widths(&**self.source);
             line.speed = self.interval.speed(self.config, widths, self.steps().1);
             self.message = line.message(self.source.maker());
             self.log.write(&line)?;
@@ -319,101 +253,6 @@ impl<'a> Run<'a> {
         self.interval = Interval::new(trainer.step, waited);
         Ok(())
     }
-
-    /// Writes the autoencoder and what is to be said of it.
-    pub(super) fn finish(&self) -> Result<Summary> {
-        let elapsed = self.started.elapsed().as_secs_f64();
-        let batch = self.config.batch as u64;
-        let State { trainer, guard, dead, .. } = &self.state;
-        let (l0, fvu) = self.last_tenth()?;
-        let sae = {
-            let Scaling { input, .. } = &self.state.scaling;
-            let scales = Scales { input: input.scale, output: self.state.scaling.output().scale };
-            trainer.params.release(scales)?
-        };
-        let (held_out_l0, held_out_fvu) = self.held_out(&sae)?;
-        #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^53")]
-        let metrics = Summary {
-            steps: trainer.step,
-            tokens: trainer.step * batch,
-            l0,
-            fvu,
-            dead: dead.share_within(self.config.dead_window.0).unwrap_or(0.0),
-            held_out_l0,
-            held_out_fvu,
-            skipped: guard.skipped,
-            rolled_back: guard.rolled_back,
-            tokens_per_s: ((trainer.step - self.first_step) * batch) as f64 / elapsed.max(1e-9),
-        };
-        let mut metadata = self.source.metadata();
-        let taps = self.source.taps();
-        metadata.tap = taps[self.wiring.input].point;
-        metadata.target = self.wiring.target.and_then(|target| taps[target].point);
-        let data = self.wiring.provenance(&**self.source);
-        metadata.provenance.insert("training".to_owned(), json!(self.config));
-        metadata.provenance.insert(input_limit::PROVENANCE_KEY.to_owned(), json!(self.max_input_norm()));
-        metadata.provenance.insert("data".to_owned(), data.clone());
-        release(&self.out, &SaeFile { sae, metadata })?;
-        checkpoint::save(&self.out, &self.state, &self.identity)?;
-        let file = RunFile {
-            writer: format!("stratascope {}", env!("CARGO_PKG_VERSION")),
-            identity: self.identity.clone(),
-            config: self.config.clone(),
-            data,
-            scale: self.state.scaling.input.scale,
-            target_scale: self.state.scaling.target.as_ref().map(|target| target.scale),
-            max_input_norm: self.max_input_norm(),
-            metrics: metrics.clone(),
-        };
-        // Last: its presence says that the run is finished.
-        write_bytes(&self.out.join("run.json"), &serde_json::to_vec_pretty(&file)?)?;
-        Ok(metrics)
-    }
-
-    fn max_input_norm(&self) -> Option<f64> {
-        Some(self.state.scaling.input.limit).filter(|limit| limit.is_finite())
-    }
-
-    /// L0 and FVU over the log lines of the last tenth of the steps.
-    fn last_tenth(&self) -> Result<(f64, f64)> {
-        let text = fs::read_to_string(self.out.join("log.jsonl")).context("cannot read the log back")?;
-        let lines: Vec<Line> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
-        let from = self.config.total_steps() - self.config.total_steps() / 10;
-        let last: Vec<&Line> = lines.iter().filter(|line| line.step >= from).collect();
-        #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^53")]
-        let n = last.len().max(1) as f64;
-        Ok((last.iter().map(|l| l.l0).sum::<f64>() / n, last.iter().map(|l| l.fvu).sum::<f64>() / n))
-    }
-
-    /// L0 and FVU of the released weights on vectors that were never trained on, outliers left out as in training.
-    fn held_out(&self, sae: &Sae) -> Result<(Option<f64>, Option<f64>)> {
-        let mut raw = self.source.held_out(&self.wiring.taps(), HELD_OUT_ROWS)?;
-        let Scaling { input, target } = &self.state.scaling;
-        let y = target.as_ref().and_then(|_| raw.pop());
-        let x = raw.pop().unwrap_or_default();
-        let [d_in, d_out] = widths(&**self.source, self.wiring);
-        let y = y.as_deref().unwrap_or(&x);
-        let keeps = |(x, y): &(&[f32], &[f32])| {
-            input.keeps(x) && target.as_ref().is_none_or(|target| target.keeps(y))
-        };
-        let kept = x.chunks_exact(d_in).zip(y.chunks_exact(d_out)).filter(keeps);
-        let (x, y): (Vec<&[f32]>, Vec<&[f32]>) = kept.unzip();
-        let backend = CpuBackend::new(sae.clone());
-        let (mut l0, mut fvu) = (L0::new(), Fvu::new(d_out));
-        for (x, y) in x.chunks(1024).zip(y.chunks(1024)) {
-            let (x, y) = (x.concat(), y.concat());
-            let x = Rows::new(&x, d_in)?;
-            let codes = backend.encode(x)?;
-            l0.update(&codes);
-            fvu.update(Rows::new(&y, d_out)?, Rows::new(&backend.decode(x, &codes)?, d_out)?)?;
-        }
-        Ok((l0.mean(), fvu.value()))
-    }
-}
-
-/// Widths of inputs and targets.
-fn widths(source: &dyn ActivationSource, wiring: Wiring) -> [usize; 2] {
-    [wiring.input, wiring.target.unwrap_or(wiring.input)].map(|tap| source.taps()[tap].width)
 }
 
 /// Whether the checkpoint just written, or read, is one to go back to. It follows from the step alone, so that a run that was

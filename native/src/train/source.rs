@@ -133,6 +133,12 @@ impl Wiring {
         [Some(self.input), self.target].into_iter().flatten().collect()
     }
 
+    /// Widths of inputs and of what is reconstructed.
+    #[must_use]
+    pub fn widths(self, source: &dyn ActivationSource) -> [usize; 2] {
+        [self.input, self.target.unwrap_or(self.input)].map(|tap| source.taps()[tap].width)
+    }
+
     /// What identifies the vectors.
     #[must_use]
     pub fn provenance(self, source: &dyn ActivationSource) -> Value {

@@ -15,9 +15,10 @@ use indicatif::ProgressBar;
 use shared::config::train::TrainConfig;
 
 use super::checkpoint;
+use super::finish::{Summary, finished};
 use super::normalise::Scaling;
 use super::order::{Batches, Pairs, Position, Shards};
-use super::run::{Beginning, Run, Summary, finished};
+use super::run::{Beginning, Run};
 use super::source::{ActivationSource, Wiring};
 use crate::progress;
 use crate::stop::{StopFlag, Stopped};
