@@ -4,8 +4,7 @@
 //! `sieve` where it may) and `forward` find what is active and decode it, `latent` finds and applies the gradients of one latent;
 //! [`params`], [`adam`], [`init`], [`schedule`], [`pressure`] and `resample` are what a step changes and by how much; [`source`],
 //! [`vectors`], [`live`], [`normalise`] and [`order`] say which vectors come when; [`guard`] keeps bad batches out; [`checkpoint`],
-//! [`log`] and `events` are what a run leaves, with `finish` at its end,
-//! on disk. The maths is defined, and judged, by [`shared::loss`].
+//! [`log`], `events` and, at the end, `finish` are what a run leaves on disk. The maths is defined, and judged, by [`shared::loss`].
 
 pub mod adam;
 pub mod checkpoint;
