@@ -7,7 +7,6 @@ mod support;
 use std::path::Path;
 use std::process::Child;
 use std::sync::Arc;
-use std::time::Instant;
 
 use native::harvest::{self, Inputs, Live};
 use native::model;
@@ -16,7 +15,7 @@ use native::train::{ActivationSource, LiveTaps, StoreTaps, run};
 use shared::config::harvest::{HarvestConfig, StoreDtype};
 use shared::config::train::TrainConfig;
 use shared::config::{self, Count, resolve};
-use support::{prepare, this_program, weights};
+use support::{kill_after_lines, prepare, this_program, weights};
 
 const HARVEST: &str = "STRATASCOPE_TEST_LIVE_HARVEST";
 const STEPS: &str = "STRATASCOPE_TEST_LIVE_STEPS";
@@ -85,20 +84,12 @@ fn killed_at_any_moment_and_run_again_gives_the_same_weights() {
     let folder = tempfile::tempdir().unwrap();
     let settings = prepare(folder.path());
     let (whole, killed) = (folder.path().join("whole"), folder.path().join("killed"));
-    let started = Instant::now();
     assert!(start(&settings, 250, &whole).wait().unwrap().success());
-    let duration = started.elapsed();
-    let mut kills = 0;
-    for share in [0.5, 0.35, 0.6, 0.45] {
-        let mut child = start(&settings, 250, &killed);
-        std::thread::sleep(duration.mul_f64(share));
-        kills += u32::from(child.try_wait().unwrap().is_none());
-        child.kill().unwrap();
-        child.wait().unwrap();
-    }
-    assert!(kills >= 2, "the run was over before it could be killed");
+    let log = killed.join("log.jsonl");
+    let kills = [2, 7, 11, 16].map(|lines| kill_after_lines(start(&settings, 250, &killed), &log, lines));
+    assert!(kills.iter().filter(|killed| **killed).count() >= 2, "over before it could be killed: {kills:?}");
     assert!(start(&settings, 250, &killed).wait().unwrap().success());
-    assert!(weights(&whole) == weights(&killed), "the weights differ after {kills} kills");
+    assert!(weights(&whole) == weights(&killed), "the weights differ after kills {kills:?}");
 }
 
 #[test]

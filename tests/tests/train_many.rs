@@ -7,12 +7,11 @@ use std::fs;
 use std::path::Path;
 use std::process::Child;
 use std::sync::Arc;
-use std::time::Instant;
 
 use native::stop::StopFlag;
 use native::train::{ActivationSource, Job, VectorsFile, run, run_all};
 use shared::config::{expand, resolve};
-use support::{this_program, weights, write_vectors};
+use support::{kill_after_lines, this_program, weights, write_vectors};
 
 const VECTORS: &str = "STRATASCOPE_TEST_MANY_VECTORS";
 const OUT: &str = "STRATASCOPE_TEST_MANY_OUT";
@@ -23,6 +22,7 @@ steps = 500
 batch = 128
 seed = 3
 checkpoint_every = 29
+log_every = 25
 dead_window = 5000
 [[sae]]
 name = 'jumprelu'
@@ -83,23 +83,15 @@ fn each_ends_as_if_alone_even_when_killed() {
     write_vectors(&vectors);
     let (whole, killed, alone) =
         (folder.path().join("whole"), folder.path().join("killed"), folder.path().join("alone"));
-    let started = Instant::now();
     assert!(start(&vectors, &whole).wait().unwrap().success());
-    let duration = started.elapsed();
     for job in jobs(&alone) {
         let summary = run(&source(&vectors), &job.config, &job.out, &StopFlag::default()).unwrap();
         assert!((summary.l0 / 4.0 - 1.0).abs() < 0.15, "{}: {summary:?}", job.name);
         assert!(weights(&job.out) == weights(&whole.join(&job.name)), "{}", job.name);
     }
-    let mut kills = 0;
-    for share in [0.3, 0.2, 0.45, 0.35, 0.25] {
-        let mut child = start(&vectors, &killed);
-        std::thread::sleep(duration.mul_f64(share));
-        kills += u32::from(child.try_wait().unwrap().is_none());
-        child.kill().unwrap();
-        child.wait().unwrap();
-    }
-    assert!(kills >= 2, "the run was over before it could be killed");
+    let log = killed.join("gated").join("log.jsonl");
+    let kills = [2, 5, 9, 12, 17].map(|lines| kill_after_lines(start(&vectors, &killed), &log, lines));
+    assert!(kills.iter().filter(|killed| **killed).count() >= 2, "over before it could be killed: {kills:?}");
     // As if the disk had lost one: it begins again, and the others wait for it.
     let lost = killed.join("gated");
     if lost.exists() && !lost.join("run.json").exists() {
@@ -107,7 +99,7 @@ fn each_ends_as_if_alone_even_when_killed() {
     }
     assert!(start(&vectors, &killed).wait().unwrap().success());
     for job in jobs(&killed) {
-        assert!(weights(&job.out) == weights(&whole.join(&job.name)), "{} after {kills} kills", job.name);
+        assert!(weights(&job.out) == weights(&whole.join(&job.name)), "{} after kills {kills:?}", job.name);
     }
 }
 

@@ -7,12 +7,11 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use native::stop::StopFlag;
 use native::train::{ActivationSource, VectorsFile, run};
 use shared::config::resolve;
-use support::{this_program, write_vectors};
+use support::{kill_after_lines, this_program, write_vectors};
 
 const CONFIG: &str = "STRATASCOPE_TEST_TRAIN_CONFIG";
 const VECTORS: &str = "STRATASCOPE_TEST_TRAIN_VECTORS";
@@ -51,29 +50,24 @@ fn killed_anywhere_ends_with_the_same_weights() {
     write_vectors(&vectors);
     let (whole, killed) = (folder.path().join("whole"), folder.path().join("killed"));
 
-    let started = Instant::now();
     let output = train(&vectors, &whole, "").output().unwrap();
-    let duration = started.elapsed();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
     let summary_of_whole = summary(&whole);
     let l0 = summary_of_whole["l0"].as_f64().unwrap();
     assert!((l0 / 4.0 - 1.0).abs() < 0.1, "asked for an L0 of 4, got {summary_of_whole}");
     assert!(summary_of_whole["held_out_fvu"].as_f64().unwrap() < 0.5, "{summary_of_whole}");
 
-    let mut kills = 0;
-    for share in [0.25, 0.1, 0.4, 0.2, 0.3] {
-        let mut child = train(&vectors, &killed, "").spawn().unwrap();
-        std::thread::sleep(Duration::from_secs_f64(duration.as_secs_f64() * share));
-        kills += u32::from(child.try_wait().unwrap().is_none());
-        child.kill().unwrap();
-        child.wait().unwrap();
-    }
-    assert!(kills >= 2, "the run was over before it could be killed");
+    let log = killed.join("log.jsonl");
+    let kills = [1, 3, 8, 14, 20].map(|lines| {
+        let child = train(&vectors, &killed, "").stdout(Stdio::null()).spawn().unwrap();
+        kill_after_lines(child, &log, lines)
+    });
+    assert!(kills.iter().filter(|killed| **killed).count() >= 2, "over before it could be killed: {kills:?}");
     let output = train(&vectors, &killed, "").output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
     for file in ["sae_weights.safetensors", "cfg.json"] {
         let (want, got) = (fs::read(whole.join(file)).unwrap(), fs::read(killed.join(file)).unwrap());
-        assert!(want == got, "{file} differs after {kills} kills");
+        assert!(want == got, "{file} differs after kills {kills:?}");
     }
     let steps = |out: &Path| -> Vec<u64> {
         let text = fs::read_to_string(out.join("log.jsonl")).unwrap();

@@ -8,7 +8,6 @@ use std::fs;
 use std::path::Path;
 use std::process::Child;
 use std::sync::Arc;
-use std::time::Instant;
 
 use anyhow::Result;
 use native::harvest::{self, Inputs, Live};
@@ -21,7 +20,7 @@ use serde_json::{Value, json};
 use shared::config::train::TrainConfig;
 use shared::config::{expand, resolve};
 use shared::format::SaeMetadata;
-use support::{prepare, this_program, weights};
+use support::{kill_after_lines, prepare, this_program, weights};
 
 const STORE: &str = "STRATASCOPE_TEST_TAPS_STORE";
 const OUT: &str = "STRATASCOPE_TEST_TAPS_OUT";
@@ -32,7 +31,7 @@ width = 64
 steps = 150
 batch = 128
 checkpoint_every = 40
-log_every = 50
+log_every = 10
 [[sae]]
 name = 'resid'
 tap = 'resid.1'
@@ -91,9 +90,7 @@ fn each_ends_as_if_alone_even_when_killed() {
         (folder.path().join("store"), folder.path().join("whole"), folder.path().join("killed"));
     let loaded = model::load(settings.model.as_ref()).unwrap();
     harvest::run(&settings, &store, &Inputs::of(&loaded, &settings).unwrap(), &StopFlag::default()).unwrap();
-    let started = Instant::now();
     assert!(start(&store, &whole).wait().unwrap().success());
-    let duration = started.elapsed();
 
     let source: Arc<dyn ActivationSource> = Arc::new(StoreTaps::open(&store).unwrap());
     let live = LiveTaps::new(Live::new(&settings, loaded, &StopFlag::default()).unwrap()).unwrap();
@@ -108,12 +105,9 @@ fn each_ends_as_if_alone_even_when_killed() {
         assert!(weights(&job.out) == weights(&whole.join(&job.name)), "{} alone", job.name);
         assert!(weights(&job.out) == weights(&streamed.out), "{} from the model", job.name);
     }
-    for share in [0.3, 0.45, 0.6] {
-        let mut child = start(&store, &killed);
-        std::thread::sleep(duration.mul_f64(share));
-        child.kill().unwrap();
-        child.wait().unwrap();
-    }
+    let log = killed.join("across").join("log.jsonl");
+    let kills = [1, 6, 11].map(|lines| kill_after_lines(start(&store, &killed), &log, lines));
+    assert!(kills.iter().any(|killed| *killed), "over before it could be killed");
     assert!(start(&store, &killed).wait().unwrap().success());
     for job in jobs(&killed) {
         assert!(weights(&job.out) == weights(&whole.join(&job.name)), "{} killed", job.name);

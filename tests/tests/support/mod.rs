@@ -4,7 +4,8 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
@@ -64,6 +65,23 @@ pub(crate) fn this_program(test: &str) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", test]).stdout(Stdio::null()).stderr(Stdio::null());
     command
+}
+
+/// Kills a training process at some moment after its log `log` has so many lines; says whether it was still running. A log goes
+/// back to the last checkpoint when a run is resumed, so that growing numbers of lines are moments further and further on.
+pub(crate) fn kill_after_lines(mut child: Child, log: &Path, lines: usize) -> bool {
+    while child.try_wait().unwrap().is_none() {
+        if fs::read_to_string(log).is_ok_and(|text| text.lines().count() >= lines) {
+            // Somewhere between two lines.
+            std::thread::sleep(Duration::from_millis(lines as u64 * 7 % 11));
+            let running = child.try_wait().unwrap().is_none();
+            child.kill().unwrap();
+            child.wait().unwrap();
+            return running;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    false
 }
 
 /// Every file below `folder`, by its path from there.
