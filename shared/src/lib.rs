@@ -32,6 +32,7 @@ pub mod jumprelu;
 pub mod lm;
 pub mod loss;
 pub mod metrics;
+pub mod multi_layer;
 pub mod pack;
 pub mod precision;
 pub mod reference;

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use native::harvest::{self, Inputs, Live};
 use native::model;
+use native::sae_files::{read, read_whole};
 use native::stop::StopFlag;
 use native::train::{
     ActivationSource, Job, LiveTaps, SourceTap, Statistics, StoreTaps, Vectors, run, run_all,
@@ -20,6 +21,8 @@ use serde_json::{Value, json};
 use shared::config::train::TrainConfig;
 use shared::config::{expand, resolve};
 use shared::format::SaeMetadata;
+use shared::metrics::Fvu;
+use shared::{Rows, reference};
 use support::{kill_after_lines, prepare, this_program, weights};
 
 const STORE: &str = "STRATASCOPE_TEST_TAPS_STORE";
@@ -57,6 +60,16 @@ name = 'small-batches'
 tap = 'resid.1'
 target_l0 = 4.0
 batch = 64
+[[sae]]
+name = 'layers'
+layers = 'all'
+target_l0 = 4.0
+[[sae]]
+name = 'standardised'
+layers = [0, 1]
+normalise = 'standardise'
+activation = 'topk'
+k = 4
 ";
 
 fn jobs(out: &Path) -> Vec<Job> {
@@ -84,6 +97,7 @@ fn start(store: &Path, out: &Path) -> Child {
 fn each_ends_as_if_alone_even_when_killed() {
     let folder = tempfile::tempdir().unwrap();
     let mut settings = prepare(folder.path());
+    settings.taps = ["resid.0", "resid.1", "attn.0"].map(str::to_owned).to_vec();
     // Where a bucket is a shard, the model itself gives the same order.
     settings.shard_vectors = settings.bucket_vectors;
     let (store, whole, killed) =
@@ -118,9 +132,50 @@ fn each_ends_as_if_alone_even_when_killed() {
     assert_eq!(cfg("across")["metadata"]["hook_name_out"], json!("blocks.1.hook_resid_post"));
     assert_eq!(cfg("across")["metadata"]["hook_name"], json!("blocks.0.attn.hook_z"));
     assert_eq!(cfg("resid")["metadata"]["hook_name_out"], Value::Null);
+    layers_speak_about_raw_vectors(&whole, &*source);
     let unknown = TrainConfig { tap: Some("mlp.3".parse().unwrap()), ..jobs(&killed)[0].config.clone() };
     let error = run(&source, &unknown, &folder.path().join("no"), &StopFlag::default()).unwrap_err();
-    assert!(error.to_string().contains("no tap mlp.3; they hold resid.1, attn.0"), "{error}");
+    assert!(error.to_string().contains("no tap mlp.3; they hold resid.0, resid.1, attn.0"), "{error}");
+}
+
+/// Each layer of a multi-layer SAE is an autoencoder of that layer's raw activations.
+fn layers_speak_about_raw_vectors(whole: &Path, source: &dyn ActivationSource) {
+    for name in ["layers", "standardised"] {
+        let folder = whole.join(name);
+        let summary: Value = serde_json::from_slice(&fs::read(folder.join("run.json")).unwrap()).unwrap();
+        let multi = read_whole(&folder).unwrap().metadata.layers.unwrap();
+        assert_eq!(
+            multi.layers.iter().map(|l| l.tap.to_string()).collect::<Vec<_>>(),
+            ["resid.0", "resid.1"]
+        );
+        let (mut l0s, mut fvus) = (Vec::new(), Vec::new());
+        for (tap, layer) in multi.layers.iter().enumerate() {
+            let file = read(Path::new(&format!("{}#{}", folder.display(), layer.tap))).unwrap();
+            assert_eq!((file.metadata.tap, &file.metadata.layers), (Some(layer.tap), &None));
+            let width = source.taps()[tap].width;
+            let x = source.held_out(&[tap], 10_000).unwrap().remove(0);
+            let x = Rows::new(&x, width).unwrap();
+            let codes = reference::encode(&file.sae, x).unwrap();
+            let rebuilt = reference::decode(&file.sae, x, &codes).unwrap();
+            l0s.push(codes.n_active() as f64 / codes.n_rows() as f64);
+            let mut fvu = Fvu::new(width);
+            fvu.update(x, Rows::new(&rebuilt, width).unwrap()).unwrap();
+            fvus.push(fvu.value().unwrap());
+        }
+        let close = |key: &str, values: &[f64]| {
+            let (found, wanted) = (summary["metrics"][key].as_f64().unwrap(), (values[0] + values[1]) / 2.0);
+            assert!((found / wanted - 1.0).abs() < 1e-3, "{name}: {key} is {found}, by hand {wanted}");
+        };
+        close("held_out_l0", &l0s);
+        close("held_out_fvu", &fvus);
+        assert!(fvus.iter().all(|fvu| *fvu < 1.0), "{name}: {fvus:?}");
+    }
+    let error = format!("{:#}", read(&whole.join("layers")).unwrap_err());
+    assert!(error.contains("2 layers") && error.contains("layers#resid.0"), "{error}");
+    assert!(read(&whole.join("standardised")).is_ok(), "one autoencoder for all layers");
+    let missing = format!("{}#resid.7", whole.join("layers").display());
+    assert!(format!("{:#}", read(Path::new(&missing)).unwrap_err()).contains("resid.0, resid.1"));
+    assert!(read(Path::new(&format!("{}#resid.1", whole.join("resid").display()))).is_err());
 }
 
 /// Shards of 20 batches of 64 vectors; those from `bad` on, in the order of a first pass, are not finite.

@@ -9,9 +9,9 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::json;
 use shared::config::harvest::HarvestConfig;
-use shared::config::train::TrainConfig;
+use shared::config::train::{Layers, TrainConfig};
 use shared::config::{Count, Override, expand, resolve};
-use shared::tap::TapPoint;
+use shared::tap::{Site, TapPoint};
 
 use crate::harvest::Live;
 use crate::model;
@@ -39,6 +39,10 @@ pub(crate) struct Args {
     /// Which tap, such as resid.14; may be left out when there is only one.
     #[arg(long)]
     tap: Option<TapPoint>,
+    /// One dictionary for several layers of the residual stream (a multi-layer SAE): all, or numbers such as 0,7,14. Other sites
+    /// are set with `sites`.
+    #[arg(long, value_name = "LAYERS", conflicts_with_all = ["tap", "target", "vectors"], value_parser = layers)]
+    layers: Option<toml::Value>,
     /// Reconstruct this tap from the other, such as mlp.14 from mlp_in.14: a transcoder.
     #[arg(long, value_name = "TAP", conflicts_with = "vectors")]
     target: Option<TapPoint>,
@@ -114,6 +118,7 @@ impl Args {
         let integer = |n: u64| toml::Value::Integer(i64::try_from(n).unwrap_or(i64::MAX));
         put("tap", self.tap.map(|tap| tap.to_string().into()));
         put("target", self.target.map(|tap| tap.to_string().into()));
+        put("layers", self.layers.clone());
         put("width", self.width.map(|n| integer(n as u64)));
         put("activation", self.activation.clone().map(Into::into));
         put("k", self.k.map(|k| integer(k as u64)));
@@ -158,8 +163,7 @@ impl Args {
         let named = self.harvest.as_ref().map_or("harvest settings".to_owned(), |p| p.display().to_string());
         let mut config: HarvestConfig = resolve(&text, &overrides).context(named)?;
         if config.taps.is_empty() {
-            let wanted = jobs.iter().flat_map(|job| [job.config.tap, job.config.target]).flatten();
-            let wanted: BTreeSet<String> = wanted.map(|tap| tap.to_string()).collect();
+            let wanted: BTreeSet<String> = jobs.iter().flat_map(|job| harvested(&job.config)).collect();
             config.taps.extend(wanted);
         }
         config.validate()?;
@@ -178,13 +182,18 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         (None, None) => Arc::new(args.live(&jobs, &stop)?),
     };
     for Job { name, config, .. } in &jobs {
-        let tap = source.taps()[Wiring::of(config, &*source)?.input];
+        let wiring = Wiring::of(config, &*source)?;
+        let points = wiring.inputs.iter().filter_map(|&tap| source.taps()[tap].point);
+        let points = match points.collect::<Vec<_>>()[..] {
+            [] => String::new(),
+            [one] => format!("{one}, "),
+            [first, .., last] => format!("{} taps from {first} to {last}, ", wiring.inputs.len()),
+        };
         tracing::info!(
-            "{name}{}{}{} latents over {} values, {} steps of {} vectors from {}, on {} threads",
+            "{name}{}{points}{} latents over {} values, {} steps of {} vectors from {}, on {} threads",
             if name.is_empty() { "" } else { ": " },
-            tap.point.map_or_else(String::new, |point| format!("{point}, ")),
             config.width,
-            tap.width,
+            wiring.widths(&*source)[0],
             config.total_steps(),
             config.batch,
             source.n_vectors(),
@@ -224,6 +233,35 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         jobs.len()
     );
     Ok(())
+}
+
+/// The taps that a harvest must read for a run.
+fn harvested(config: &TrainConfig) -> Vec<String> {
+    let layers = match &config.layers {
+        None => Vec::new(),
+        Some(Layers::All(_)) => config.sites.iter().map(Site::to_string).collect(),
+        Some(Layers::Some(layers)) => {
+            let of = |site: &Site| {
+                layers.iter().map(|&layer| TapPoint::new(*site, layer).to_string()).collect::<Vec<_>>()
+            };
+            config.sites.iter().flat_map(of).collect()
+        }
+    };
+    let taps = [config.tap, config.target].into_iter().flatten().map(|tap| tap.to_string());
+    taps.chain(layers).collect()
+}
+
+/// `all`, or numbers with commas between them.
+fn layers(text: &str) -> Result<toml::Value> {
+    if text == "all" {
+        return Ok(text.into());
+    }
+    let number = |part: &str| {
+        let layer: u32 =
+            part.trim().parse().with_context(|| format!("`{part}` is no layer: give all, or 0,7,14"))?;
+        Ok(toml::Value::Integer(i64::from(layer)))
+    };
+    Ok(toml::Value::Array(text.split(',').map(number).collect::<Result<_>>()?))
 }
 
 fn describe(summary: &Summary, out: &Path) -> String {

@@ -8,7 +8,7 @@ mod part;
 
 use std::fs::{self, File};
 use std::io::{BufReader, Cursor};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use shared::Sae;
@@ -16,11 +16,15 @@ use shared::format::{
     FormatError, SaeMetadata, dictionary_learning, gemma_scope, gemma_scope_2, mlsae, openai, openmoss,
     saelens, sparsify,
 };
+use shared::tap::TapPoint;
 
 use crate::files;
 use crate::hub::Settings;
 use found::{Found, locate};
 use named::Named;
+
+/// The file beside a multi-layer SAE's weights that says which layers it reads (docs/formats.md).
+const LAYERS: &str = "multi_layer.json";
 
 /// An autoencoder and what is known about it.
 #[derive(Debug, Clone, PartialEq)]
@@ -82,11 +86,35 @@ fn name(path: &Path) -> Option<Named> {
 }
 
 /// Reads the autoencoder at `path`: a folder or file of any format this program knows (docs/formats.md), or the name of one
-/// on the Hugging Face hub, such as `gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71`.
+/// on the Hugging Face hub, such as `gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71`. After a `#` stands the layer of a
+/// multi-layer SAE that is wanted: `runs/all#resid.14`.
 ///
 /// # Errors
 /// If nothing readable is there; the message names the file, the field, what was wanted and found.
 pub fn read(path: &Path) -> Result<SaeFile> {
+    if let Some((folder, tap)) = layer_of(path)
+        && !path.exists()
+    {
+        return read_layer(&folder, tap);
+    }
+    let file = read_whole(path)?;
+    if let Some(layers) = file.metadata.layers.as_ref().filter(|layers| !layers.is_one()) {
+        let first = layers.layers.first().map_or_else(String::new, |layer| format!("#{}", layer.tap));
+        bail!(
+            "{} reads {} layers, each in its own units: name one, as in {}{first}",
+            path.display(),
+            layers.layers.len(),
+            path.display()
+        );
+    }
+    Ok(file)
+}
+
+/// [`read`], but a multi-layer SAE as it is, in units of its layers.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_whole(path: &Path) -> Result<SaeFile> {
     if let Some(named) = name(path) {
         let mut file = read_local(&named.fetch(&Settings::from_env()?)?)?;
         named.describe(&mut file.metadata);
@@ -101,7 +129,14 @@ fn read_local(path: &Path) -> Result<SaeFile> {
     let both = |(sae, metadata)| SaeFile { sae, metadata };
     match locate(path) {
         Found::SaeLens { config, weights } => {
-            saelens::read(&bytes(&config)?, &bytes(&weights)?).with_context(wrong).map(both)
+            let (sae, mut metadata) =
+                saelens::read(&bytes(&config)?, &bytes(&weights)?).with_context(wrong)?;
+            let layers = config.with_file_name(LAYERS);
+            if layers.is_file() {
+                let parsed = serde_json::from_slice(&bytes(&layers)?);
+                metadata.layers = Some(parsed.with_context(|| format!("{} is broken", layers.display()))?);
+            }
+            Ok(SaeFile { sae, metadata })
         }
         Found::Npz(npz) => gemma_scope::read(open(&npz)?).with_context(wrong).map(only),
         Found::Params2(params) => {
@@ -206,8 +241,33 @@ pub fn release(path: &Path, file: &SaeFile) -> Result<()> {
         tracing::warn!("{} can be read by this program only: {error}", path.display());
         Ok::<_, FormatError>(own)
     })?;
+    if let Some(layers) = &file.metadata.layers {
+        files::write_bytes(&path.join(LAYERS), &serde_json::to_vec_pretty(layers)?)?;
+    }
     files::write_bytes(&path.join(saelens::WEIGHTS), &folder.weights)?;
     files::write_bytes(&path.join(saelens::CONFIG), &folder.config)
+}
+
+/// What `path` says after a `#`: the layer of a multi-layer SAE, such as `runs/all#resid.14`.
+fn layer_of(path: &Path) -> Option<(PathBuf, TapPoint)> {
+    let (folder, tap) = path.to_str()?.rsplit_once('#')?;
+    Some((PathBuf::from(folder), tap.parse().ok()?))
+}
+
+/// [`read`] of a single layer: of a multi-layer SAE as it is for raw activations there.
+fn read_layer(folder: &Path, tap: TapPoint) -> Result<SaeFile> {
+    let mut file = read_whole(folder)?;
+    let layers = file.metadata.layers.take();
+    let layers = layers.with_context(|| format!("{} is no multi-layer autoencoder", folder.display()))?;
+    let number = layers.find(tap).with_context(|| {
+        let names: Vec<String> = layers.layers.iter().map(|layer| layer.tap.to_string()).collect();
+        format!("{} was not trained on {tap}, but on {}", folder.display(), names.join(", "))
+    })?;
+    file.sae = layers.at(&file.sae, number).with_context(|| folder.display().to_string())?;
+    file.metadata.tap = Some(tap);
+    let limit = serde_json::json!(layers.layers[number].max_input_norm);
+    file.metadata.provenance.insert(crate::input_limit::PROVENANCE_KEY.to_owned(), limit);
+    Ok(file)
 }
 
 /// Writes the one file of a format: at `path` if it ends in `extension`, else as `name` in the folder `path`.

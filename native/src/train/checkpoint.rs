@@ -20,7 +20,7 @@ use shared::metrics::Dead;
 
 use super::guard::Guard;
 use super::init;
-use super::normalise::{Normalisation, Scaling};
+use super::normalise::{Normalisation, Scaling, row_scaling};
 use super::order::Position;
 use super::params::{Latents, Moments, Params, Tensors};
 use super::pressure::Pressure;
@@ -45,7 +45,7 @@ pub struct State {
 }
 
 /// The version of the file.
-const VERSION: u32 = 4;
+const VERSION: u32 = 5;
 
 /// What the header of a checkpoint says.
 #[derive(Serialize, Deserialize)]
@@ -162,18 +162,23 @@ pub fn save(out: &Path, state: &State, identity: &Value) -> Result<()> {
             TensorView::new(Dtype::U64, vec![values.len()], bytemuck::cast_slice(values))?,
         ));
     }
-    let Scaling { input, target } = &state.scaling;
-    let measured: Vec<_> = [("data", Some(input)), ("target_data", target.as_ref())]
-        .into_iter()
-        .filter_map(|(name, normalisation)| Some((name, flat(normalisation?))))
-        .collect();
+    let Scaling { inputs, target, .. } = &state.scaling;
+    let named = inputs.iter().enumerate().map(|(input, normalisation)| (data_name(input), normalisation));
+    let named = named.chain(target.as_ref().map(|target| ("target_data".to_owned(), target)));
+    let measured: Vec<(String, Vec<f64>)> =
+        named.map(|(name, normalisation)| (name, flat(normalisation))).collect();
     for (name, data) in &measured {
         let bytes = bytemuck::cast_slice(data);
-        views.push(((*name).to_owned(), TensorView::new(Dtype::F64, vec![data.len()], bytes)?));
+        views.push((name.clone(), TensorView::new(Dtype::F64, vec![data.len()], bytes)?));
     }
     let metadata = HashMap::from([("state".to_owned(), serde_json::to_string(&header)?)]);
     let bytes = safetensors::serialize(views, Some(metadata))?;
     write_atomic(&path(out), |w| w.write_all(&bytes))
+}
+
+/// The tensor of what was measured of an input.
+fn data_name(input: usize) -> String {
+    format!("data.{input}")
 }
 
 fn flat(normalisation: &Normalisation) -> Vec<f64> {
@@ -239,7 +244,11 @@ fn read(bytes: &[u8], config: &TrainConfig, [d_in, d_out]: [usize; 2], identity:
         Ok(Normalisation { scale: data[0], limit: data[1], mean: data[2..].to_vec() })
     };
     let target = config.target.map(|_| measured("target_data", d_out)).transpose()?;
-    let scaling = Scaling { input: measured("data", d_in)?, target };
+    let names = file.names();
+    let inputs = (0..).map(data_name).take_while(|name| names.contains(&name.as_str()));
+    let inputs: Vec<_> = inputs.map(|name| measured(&name, d_in)).collect::<Result<_>>()?;
+    ensure!(!inputs.is_empty(), "it has no tensor `{}`", data_name(0));
+    let scaling = Scaling { rows: row_scaling(config.normalise), inputs, target };
     let mut trainer = Trainer::resume(params, moments, header.step);
     trainer.set_precision(config.encoder_precision);
     Ok(State {
@@ -309,7 +318,8 @@ mod tests {
             guard: Guard::default(),
             dead: Dead::resume(100, vec![100, 0, 50]).unwrap(),
             scaling: Scaling {
-                input: Normalisation { scale: 0.1, mean: vec![0.3, -0.1], limit: f64::INFINITY },
+                rows: row_scaling(config().normalise),
+                inputs: vec![Normalisation { scale: 0.1, mean: vec![0.3, -0.1], limit: f64::INFINITY }],
                 target: None,
             },
             pressure: Pressure::new(&config()),

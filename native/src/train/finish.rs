@@ -7,13 +7,13 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use shared::config::train::TrainConfig;
-use shared::fold::Scales;
 use shared::metrics::{Fvu, L0};
+use shared::multi_layer::{Layer, MultiLayer};
 use shared::{Rows, Sae};
 
 use super::checkpoint::{self, State};
 use super::log::Line;
-use super::normalise::Scaling;
+use super::normalise::{Normalisation, Scaling};
 use super::run::Run;
 use crate::cpu::CpuBackend;
 use crate::files::write_bytes;
@@ -55,13 +55,13 @@ struct RunFile {
     identity: Value,
     config: TrainConfig,
     data: Value,
-    /// The scalar C that was folded into the weights.
-    scale: f64,
+    /// The scalar C of each tap that was read.
+    scales: Vec<f64>,
     /// That of a transcoder's targets.
     #[serde(skip_serializing_if = "Option::is_none")]
     target_scale: Option<f64>,
-    /// Raw vectors longer than this were not trained on.
-    max_input_norm: Option<f64>,
+    /// Raw vectors longer than this were not trained on, tap by tap.
+    max_input_norms: Vec<Option<f64>>,
     metrics: Summary,
 }
 
@@ -87,12 +87,8 @@ impl Run<'_> {
         let batch = self.config.batch as u64;
         let State { trainer, guard, dead, .. } = &self.state;
         let (l0, fvu) = self.last_tenth()?;
-        let sae = {
-            let Scaling { input, .. } = &self.state.scaling;
-            let scales = Scales { input: input.scale, output: self.state.scaling.output().scale };
-            trainer.params.release(scales)?
-        };
-        let (held_out_l0, held_out_fvu) = self.held_out(&sae)?;
+        let file = self.release()?;
+        let (held_out_l0, held_out_fvu) = self.held_out(&file)?;
         #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^53")]
         let metrics = Summary {
             steps: trainer.step,
@@ -106,24 +102,17 @@ impl Run<'_> {
             rolled_back: guard.rolled_back,
             tokens_per_s: ((trainer.step - self.first_step) * batch) as f64 / elapsed.max(1e-9),
         };
-        let mut metadata = self.source.metadata();
-        let taps = self.source.taps();
-        metadata.tap = taps[self.wiring.input].point;
-        metadata.target = self.wiring.target.and_then(|target| taps[target].point);
-        let data = self.wiring.provenance(&**self.source);
-        metadata.provenance.insert("training".to_owned(), json!(self.config));
-        metadata.provenance.insert(input_limit::PROVENANCE_KEY.to_owned(), json!(self.max_input_norm()));
-        metadata.provenance.insert("data".to_owned(), data.clone());
-        release(&self.out, &SaeFile { sae, metadata })?;
+        release(&self.out, &file)?;
         checkpoint::save(&self.out, &self.state, &self.identity)?;
+        let Scaling { inputs, target, .. } = &self.state.scaling;
         let file = RunFile {
             writer: format!("stratascope {}", env!("CARGO_PKG_VERSION")),
             identity: self.identity.clone(),
             config: self.config.clone(),
-            data,
-            scale: self.state.scaling.input.scale,
-            target_scale: self.state.scaling.target.as_ref().map(|target| target.scale),
-            max_input_norm: self.max_input_norm(),
+            data: self.wiring.provenance(&**self.source),
+            scales: inputs.iter().map(|input| input.scale).collect(),
+            target_scale: target.as_ref().map(|target| target.scale),
+            max_input_norms: inputs.iter().map(limit).collect(),
             metrics: metrics.clone(),
         };
         // Last: its presence says that the run is finished.
@@ -131,8 +120,32 @@ impl Run<'_> {
         Ok(metrics)
     }
 
-    fn max_input_norm(&self) -> Option<f64> {
-        Some(self.state.scaling.input.limit).filter(|limit| limit.is_finite())
+    /// The autoencoder as others use it.
+    fn release(&self) -> Result<SaeFile> {
+        let State { trainer, scaling, .. } = &self.state;
+        let mut parts = trainer.params.release(scaling.released())?.into_parts();
+        parts.rows = scaling.rows;
+        let (mut metadata, taps) = (self.source.metadata(), self.source.taps());
+        metadata.target = self.wiring.target.and_then(|target| taps[target].point);
+        let mut keep = |key: &str, value: Value| metadata.provenance.insert(key.to_owned(), value);
+        keep("training", json!(self.config));
+        keep("data", self.wiring.provenance(&**self.source));
+        match (&self.wiring.inputs[..], &scaling.inputs[..]) {
+            ([tap], [input]) if self.config.layers.is_none() => {
+                keep(input_limit::PROVENANCE_KEY, json!(limit(input)));
+                metadata.tap = taps[*tap].point;
+            }
+            (inputs, scales) => {
+                let shared = scaling.released().input;
+                let layer = |(tap, of): (&usize, &Normalisation)| {
+                    let tap = taps[*tap].point.context("a layer without a name")?;
+                    Ok(Layer { tap, scale: of.scale / shared, max_input_norm: limit(of) })
+                };
+                let all = inputs.iter().zip(scales).map(layer).collect::<Result<Vec<_>>>()?;
+                metadata.layers = Some(MultiLayer { layers: all });
+            }
+        }
+        Ok(SaeFile { sae: Sae::new(parts)?, metadata })
     }
 
     /// L0 and FVU over the log lines of the last tenth of the steps.
@@ -146,28 +159,42 @@ impl Run<'_> {
         Ok((last.iter().map(|l| l.l0).sum::<f64>() / n, last.iter().map(|l| l.fvu).sum::<f64>() / n))
     }
 
-    /// L0 and FVU of the released weights on vectors that were never trained on, outliers left out as in training.
-    fn held_out(&self, sae: &Sae) -> Result<(Option<f64>, Option<f64>)> {
-        let mut raw = self.source.held_out(&self.wiring.taps(), HELD_OUT_ROWS)?;
-        let Scaling { input, target } = &self.state.scaling;
+    /// L0 and FVU of the released weights on vectors that were never trained on, outliers left out as in training. The FVU of
+    /// several taps is the mean of theirs.
+    fn held_out(&self, file: &SaeFile) -> Result<(Option<f64>, Option<f64>)> {
+        let Scaling { inputs, target, .. } = &self.state.scaling;
+        let rows = HELD_OUT_ROWS.div_ceil(inputs.len());
+        let mut raw = self.source.held_out(&self.wiring.taps(), rows)?;
         let y = target.as_ref().and_then(|_| raw.pop());
-        let x = raw.pop().unwrap_or_default();
         let [d_in, d_out] = self.wiring.widths(&**self.source);
-        let y = y.as_deref().unwrap_or(&x);
-        let keeps = |(x, y): &(&[f32], &[f32])| {
-            input.keeps(x) && target.as_ref().is_none_or(|target| target.keeps(y))
-        };
-        let kept = x.chunks_exact(d_in).zip(y.chunks_exact(d_out)).filter(keeps);
-        let (x, y): (Vec<&[f32]>, Vec<&[f32]>) = kept.unzip();
-        let backend = CpuBackend::new(sae.clone());
-        let (mut l0, mut fvu) = (L0::new(), Fvu::new(d_out));
-        for (x, y) in x.chunks(1024).zip(y.chunks(1024)) {
-            let (x, y) = (x.concat(), y.concat());
-            let x = Rows::new(&x, d_in)?;
-            let codes = backend.encode(x)?;
-            l0.update(&codes);
-            fvu.update(Rows::new(&y, d_out)?, Rows::new(&backend.decode(x, &codes)?, d_out)?)?;
+        let (mut l0, mut fvus) = (L0::new(), Vec::new());
+        for (number, (x, input)) in raw.iter().zip(inputs).enumerate() {
+            let y = y.as_deref().unwrap_or(x);
+            let keeps = |(x, y): &(&[f32], &[f32])| {
+                input.keeps(x) && target.as_ref().is_none_or(|target| target.keeps(y))
+            };
+            let kept = x.chunks_exact(d_in).zip(y.chunks_exact(d_out)).filter(keeps);
+            let (x, y): (Vec<&[f32]>, Vec<&[f32]>) = kept.unzip();
+            let layers = file.metadata.layers.as_ref();
+            let sae = layers.map_or_else(|| Ok(file.sae.clone()), |all| all.at(&file.sae, number))?;
+            let backend = CpuBackend::new(sae);
+            let mut fvu = Fvu::new(d_out);
+            for (x, y) in x.chunks(1024).zip(y.chunks(1024)) {
+                let (x, y) = (x.concat(), y.concat());
+                let x = Rows::new(&x, d_in)?;
+                let codes = backend.encode(x)?;
+                l0.update(&codes);
+                fvu.update(Rows::new(&y, d_out)?, Rows::new(&backend.decode(x, &codes)?, d_out)?)?;
+            }
+            fvus.extend(fvu.value());
         }
-        Ok((l0.mean(), fvu.value()))
+        #[expect(clippy::cast_precision_loss, reason = "a number of taps")]
+        let mean = (!fvus.is_empty()).then(|| fvus.iter().sum::<f64>() / fvus.len() as f64);
+        Ok((l0.mean(), mean))
     }
+}
+
+/// The norm above which raw vectors are left out, when there is one.
+fn limit(normalisation: &Normalisation) -> Option<f64> {
+    Some(normalisation.limit).filter(|limit| limit.is_finite())
 }

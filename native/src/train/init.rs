@@ -6,7 +6,7 @@ use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use shared::config::train::{DecoderBiasInit, LatentFunction, ThresholdInit, TrainConfig};
 
-use super::normalise::{Normalisation, Scaling};
+use super::normalise::Scaling;
 use super::order::Pairs;
 use super::params::{Latents, Params, Tensors};
 use crate::cpu::gemm::{Matrix, product};
@@ -28,7 +28,7 @@ const BLOCK: usize = 32;
 /// # Errors
 /// If the sample does not consist of whole rows.
 pub fn params(config: &TrainConfig, scaling: &Scaling, sample: &Pairs) -> Result<Params> {
-    let (n, d_in, d_out) = (config.width, scaling.input.mean.len(), scaling.output().mean.len());
+    let (n, [d_in, d_out]) = (config.width, scaling.widths());
     let mut rng = ChaCha8Rng::seed_from_u64(config.seed);
     #[expect(clippy::cast_precision_loss, reason = "widths are far below 2^24")]
     let bound = (6.0 / d_in as f32).sqrt();
@@ -36,12 +36,12 @@ pub fn params(config: &TrainConfig, scaling: &Scaling, sample: &Pairs) -> Result
     w_enc.chunks_exact_mut(d_in).for_each(normalise);
     let mut tensors = Tensors::zeros(n, d_in, d_out, config.skip);
     if config.decoder_bias_init == DecoderBiasInit::Mean {
-        tensors.b_dec = mean(scaling.output());
+        tensors.b_dec = narrow(&scaling.output_mean());
     }
     tensors.w_dec = w_enc.clone();
     if scaling.target.is_some() {
         tensors.w_dec = effects(&w_enc, scaling, sample)?;
-        let mean = mean(&scaling.input);
+        let mean = narrow(&scaling.input_mean());
         let offset = |row: &[f32]| -row.iter().zip(&mean).map(|(w, m)| w * m).sum::<f32>();
         tensors.b_enc = w_enc.chunks_exact(d_in).map(offset).collect();
     }
@@ -61,22 +61,22 @@ fn normalise(row: &mut [f32]) {
     }
 }
 
-/// The mean of normalised vectors.
 #[expect(clippy::cast_possible_truncation, reason = "parameters are f32")]
-fn mean(normalisation: &Normalisation) -> Vec<f32> {
-    normalisation.mean.iter().map(|m| (m / normalisation.scale) as f32).collect()
+fn narrow(values: &[f64]) -> Vec<f32> {
+    values.iter().map(|v| *v as f32).collect()
 }
 
 /// For each encoder row `w [d_in]`, the direction in which targets lie when the input lies along it:
 /// `normalise(Cov(y, x) w) [d_out]`.
 fn effects(w_enc: &[f32], scaling: &Scaling, sample: &Pairs) -> Result<Vec<f32>> {
-    let (d_in, d_out) = (scaling.input.mean.len(), scaling.output().mean.len());
+    let [d_in, d_out] = scaling.widths();
     let (n, n_rows) = (w_enc.len() / d_in, sample.x.len() / d_in);
-    let centred = |rows: &[f32], normalisation: &Normalisation| -> Vec<f32> {
-        let mean = mean(normalisation);
+    let centred = |rows: &[f32], mean: &[f64]| -> Vec<f32> {
+        let mean = narrow(mean);
         rows.chunks_exact(mean.len()).flat_map(|row| row.iter().zip(&mean).map(|(v, m)| v - m)).collect()
     };
-    let (x, y) = (centred(&sample.x, &scaling.input), centred(sample.targets(), scaling.output()));
+    let (x, y) =
+        (centred(&sample.x, &scaling.input_mean()), centred(sample.targets(), &scaling.output_mean()));
     let threads = rayon::current_num_threads();
     let mut covariance = vec![0.0f32; d_in * d_out];
     let (x, y) = (Matrix::new(&x, n_rows, d_in)?, Matrix::new(&y, n_rows, d_out)?);

@@ -6,6 +6,9 @@
 //! ten thousand steps to fade. Like BOS, whose norm is as enormous, they are not trained on.
 
 use anyhow::{Result, ensure};
+use shared::config::train::Normalise;
+use shared::fold::Scales;
+use shared::{RowScaling, Rows};
 
 use super::source::{ActivationSource, Statistics, Wiring};
 
@@ -21,13 +24,19 @@ pub struct Normalisation {
 }
 
 impl Normalisation {
-    /// Measures the first shard of `source` at `tap`; vectors longer than `max_norm` times the median norm are left out.
-    /// With `max_norm` 0 nothing is, and the source's own scale and mean are taken.
+    /// Measures the first shard of `source` at `tap`, its vectors scaled by `rows`; those longer, raw, than `max_norm` times the
+    /// median norm are left out. With `max_norm` 0 nothing is, and of vectors not scaled the source's own scale and mean
+    /// are taken.
     ///
     /// # Errors
     /// If the shard cannot be read, or holds nothing but zeros.
-    pub fn measure(source: &dyn ActivationSource, tap: usize, max_norm: f64) -> Result<Self> {
-        if max_norm <= 0.0 {
+    pub fn measure(
+        source: &dyn ActivationSource,
+        tap: usize,
+        max_norm: f64,
+        rows: RowScaling,
+    ) -> Result<Self> {
+        if max_norm <= 0.0 && rows.is_none() {
             let Statistics { scale, mean } = source.statistics(tap)?;
             return Ok(Self { scale, mean, limit: f64::INFINITY });
         }
@@ -36,8 +45,15 @@ impl Normalisation {
         let mut norms: Vec<f64> = vectors.chunks_exact(width).map(norm).collect();
         ensure!(!norms.is_empty(), "the first shard holds no vectors");
         let middle = norms.len() / 2;
-        let limit = max_norm * *norms.select_nth_unstable_by(middle, f64::total_cmp).1;
-        let Statistics { scale, mean } = Statistics::of(&vectors, width, |row| norm(row) <= limit)?;
+        let median = *norms.select_nth_unstable_by(middle, f64::total_cmp).1;
+        let limit = if max_norm > 0.0 { max_norm * median } else { f64::INFINITY };
+        let kept: Vec<f32> =
+            vectors.chunks_exact(width).filter(|row| norm(row) <= limit).flatten().copied().collect();
+        let scaled = rows.scaled(Rows::new(&kept, width)?);
+        let Statistics { scale, mean } = Statistics::of(&scaled, width, |_| true)?;
+        // Standardised vectors have one length but for the ε: all taps get the same C, and share the weights.
+        #[expect(clippy::cast_precision_loss, reason = "a width")]
+        let scale = if rows.is_none() { scale } else { ((width - 1).max(1) as f64).sqrt() };
         Ok(Self { scale, mean, limit })
     }
 
@@ -59,27 +75,95 @@ impl Normalisation {
 /// How raw inputs and targets become training rows.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Scaling {
-    /// Of the inputs.
-    pub input: Normalisation,
+    /// How every input is scaled on its own, first.
+    pub rows: RowScaling,
+    /// Of the inputs, tap by tap.
+    pub inputs: Vec<Normalisation>,
     /// Of the targets, where they are not the inputs.
     pub target: Option<Normalisation>,
 }
 
 impl Scaling {
-    /// Measures both taps of `wiring`.
+    /// Measures all taps of `wiring`.
     ///
     /// # Errors
     /// As [`Normalisation::measure`].
-    pub fn measure(source: &dyn ActivationSource, wiring: Wiring, max_norm: f64) -> Result<Self> {
-        let measure = |tap| Normalisation::measure(source, tap, max_norm);
-        Ok(Self { input: measure(wiring.input)?, target: wiring.target.map(measure).transpose()? })
+    pub fn measure(
+        source: &dyn ActivationSource,
+        wiring: &Wiring,
+        max_norm: f64,
+        normalise: Normalise,
+    ) -> Result<Self> {
+        let rows = row_scaling(normalise);
+        let measure = |tap: &usize| Normalisation::measure(source, *tap, max_norm, rows);
+        Ok(Self {
+            rows,
+            inputs: wiring.inputs.iter().map(measure).collect::<Result<_>>()?,
+            target: wiring.target.as_ref().map(measure).transpose()?,
+        })
     }
 
-    /// Of what is reconstructed.
+    /// Width of the inputs, and of what is reconstructed.
     #[must_use]
-    pub fn output(&self) -> &Normalisation {
-        self.target.as_ref().unwrap_or(&self.input)
+    pub fn widths(&self) -> [usize; 2] {
+        let input = self.inputs.first().map_or(0, |input| input.mean.len());
+        [input, self.target.as_ref().map_or(input, |target| target.mean.len())]
     }
+
+    /// The mean of the normalised inputs, tap by tap of equal weight.
+    #[must_use]
+    pub fn input_mean(&self) -> Vec<f64> {
+        mean_of(&self.inputs)
+    }
+
+    /// The mean of what is reconstructed, normalised.
+    #[must_use]
+    pub fn output_mean(&self) -> Vec<f64> {
+        mean_of(self.outputs())
+    }
+
+    /// The mean squared distance of what is reconstructed, normalised, from the mean of its tap.
+    #[must_use]
+    pub fn variance(&self) -> f64 {
+        let outputs = self.outputs();
+        #[expect(clippy::cast_precision_loss, reason = "a number of taps")]
+        let n = outputs.len().max(1) as f64;
+        outputs.iter().map(Normalisation::variance).sum::<f64>() / n
+    }
+
+    /// The scales that the weights are released with: those of a single tap; of several taps without a common scale, each keeps
+    /// its own beside the weights.
+    #[must_use]
+    pub fn released(&self) -> Scales {
+        let one = |of: &[Normalisation]| match of {
+            [first, rest @ ..] if rest.iter().all(|other| other.scale == first.scale) => first.scale,
+            _ => 1.0,
+        };
+        Scales { input: one(&self.inputs), output: one(self.outputs()) }
+    }
+
+    fn outputs(&self) -> &[Normalisation] {
+        self.target.as_ref().map_or(&self.inputs, std::slice::from_ref)
+    }
+}
+
+/// What a configuration means by `normalise`.
+#[must_use]
+pub fn row_scaling(normalise: Normalise) -> RowScaling {
+    match normalise {
+        Normalise::Scalar => RowScaling::None,
+        Normalise::Standardise => RowScaling::LAYER_NORM,
+    }
+}
+
+fn mean_of(taps: &[Normalisation]) -> Vec<f64> {
+    let mut mean = vec![0.0; taps.first().map_or(0, |tap| tap.mean.len())];
+    #[expect(clippy::cast_precision_loss, reason = "a number of taps")]
+    let n = taps.len() as f64;
+    for tap in taps {
+        mean.iter_mut().zip(&tap.mean).for_each(|(mean, m)| *mean += m / tap.scale / n);
+    }
+    mean
 }
 
 fn norm(row: &[f32]) -> f64 {

@@ -13,6 +13,7 @@ use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
+use shared::RowScaling;
 
 use super::normalise::{Normalisation, Scaling};
 use super::source::{ActivationSource, Vectors, Wiring};
@@ -55,7 +56,7 @@ impl Shards {
     /// The shards of `source` at the taps of `wirings`.
     #[must_use]
     pub fn new(source: &Arc<dyn ActivationSource>, wirings: &[Wiring], seed: u64) -> Self {
-        let taps: BTreeSet<usize> = wirings.iter().flat_map(|wiring| wiring.taps()).collect();
+        let taps: BTreeSet<usize> = wirings.iter().flat_map(Wiring::taps).collect();
         Self {
             source: Arc::clone(source),
             taps: taps.into_iter().collect(),
@@ -155,11 +156,14 @@ fn generator(seed: u64, epoch: u64, stream: u64) -> ChaCha8Rng {
     ChaCha8Rng::from_seed(bytes)
 }
 
-/// The vectors of a shard, raw, and the order of the rows that are trained on.
+/// The vectors of a shard, raw, and the order of the examples that are trained on.
 struct Loaded {
-    x: Vectors,
+    /// Of each input.
+    x: Vec<Vectors>,
     y: Option<Vectors>,
-    rows: Vec<u32>,
+    n_rows: usize,
+    /// Example `i · n_rows + r` is row `r` of input `i`.
+    examples: Vec<u32>,
 }
 
 /// Normalised rows of inputs, and of targets where those are not the inputs.
@@ -169,6 +173,8 @@ pub struct Pairs {
     pub x: Vec<f32>,
     /// Targets `[N, d_out]`; empty when they are the inputs.
     pub y: Vec<f32>,
+    /// Which of the inputs each row is of, `[N]`.
+    pub inputs: Vec<u16>,
 }
 
 impl Pairs {
@@ -202,31 +208,30 @@ impl Batches {
         self.position
     }
 
-    /// Fills `out` with `n_rows` rows divided by the scalar C; outliers are passed over.
+    /// Fills `out` with `n_rows` examples, normalised; outliers are passed over.
     ///
     /// # Errors
     /// If a shard cannot be read or holds no rows.
     pub fn fill(&mut self, shards: &mut Shards, n_rows: usize, out: &mut Pairs) -> Result<()> {
-        let (n_shards, width) = (shards.source.n_shards(), shards.source.taps()[self.wiring.input].width);
+        let n_shards = shards.source.n_shards();
         out.x.clear();
         out.y.clear();
+        out.inputs.clear();
         let mut empty_shards = 0;
-        while out.x.len() < n_rows * width {
+        while out.inputs.len() < n_rows {
             let loaded = match self.loaded.take() {
                 Some(loaded) => loaded,
                 None => self.load(shards)?,
             };
-            let wanted = n_rows - out.x.len() / width;
-            let end = loaded.rows.len().min(self.position.row + wanted);
-            let rows = &loaded.rows[self.position.row.min(end)..end];
-            extend(&mut out.x, &loaded.x, rows, &self.scaling.input);
-            if let Some(y) = &loaded.y {
-                extend(&mut out.y, y, rows, self.scaling.output());
+            let wanted = n_rows - out.inputs.len();
+            let end = loaded.examples.len().min(self.position.row + wanted);
+            for &example in &loaded.examples[self.position.row.min(end)..end] {
+                self.push(&loaded, example as usize, out)?;
             }
             self.position.row = end;
-            empty_shards = if loaded.rows.is_empty() { empty_shards + 1 } else { 0 };
+            empty_shards = if loaded.examples.is_empty() { empty_shards + 1 } else { 0 };
             ensure!(empty_shards <= n_shards, "no shard holds a vector that can be trained on");
-            if end < loaded.rows.len() {
+            if end < loaded.examples.len() {
                 self.loaded = Some(loaded);
             } else {
                 self.position = shards.after(self.position);
@@ -236,38 +241,54 @@ impl Batches {
         Ok(())
     }
 
+    /// Appends an example to `out`, normalised.
+    fn push(&self, loaded: &Loaded, example: usize, out: &mut Pairs) -> Result<()> {
+        let (input, row) = (example / loaded.n_rows, example % loaded.n_rows);
+        let normalisation = &self.scaling.inputs[input];
+        let [d_in, d_out] = self.scaling.widths();
+        append(&mut out.x, &loaded.x[input][row * d_in..][..d_in], self.scaling.rows, normalisation);
+        if let (Some(y), Some(target)) = (&loaded.y, &self.scaling.target) {
+            append(&mut out.y, &y[row * d_out..][..d_out], RowScaling::None, target);
+        }
+        out.inputs.push(u16::try_from(input).context("more than 2^16 taps")?);
+        Ok(())
+    }
+
     /// The vectors of the current shard; the next is read ahead.
     fn load(&mut self, shards: &mut Shards) -> Result<Loaded> {
-        let (number, mut vectors) = shards.get(self.position, &self.wiring.taps())?;
-        let y = self.wiring.target.and_then(|_| vectors.pop());
-        let x = vectors.pop().context("a shard without inputs")?;
-        let Scaling { input, target } = &self.scaling;
-        let mut rows: Vec<u32> = (0u32..)
-            .zip(x.chunks_exact(input.mean.len()))
-            .filter(|(_, vector)| input.keeps(vector))
-            .map(|(row, _)| row)
-            .collect();
-        if let (Some(y), Some(target)) = (&y, target) {
-            let width = target.mean.len();
-            rows.retain(|&row| target.keeps(&y[row as usize * width..][..width]));
+        let (number, mut x) = shards.get(self.position, &self.wiring.taps())?;
+        let y = self.wiring.target.and_then(|_| x.pop());
+        let Scaling { inputs, target, .. } = &self.scaling;
+        let [d_in, d_out] = self.scaling.widths();
+        let n_rows = x.first().context("a shard without inputs")?.len() / d_in.max(1);
+        u32::try_from(n_rows * x.len()).context("a shard of more than 2^32 examples")?;
+        let mut examples: Vec<u32> = Vec::new();
+        for (first, (x, input)) in (0u32..).step_by(n_rows.max(1)).zip(x.iter().zip(inputs)) {
+            let numbered = (first..).zip(x.chunks_exact(d_in));
+            examples.extend(numbered.filter(|(_, x)| input.keeps(x)).map(|(example, _)| example));
         }
-        rows.shuffle(&mut generator(shards.seed, self.position.epoch, number as u64));
-        if ((rows.len() - self.position.row.min(rows.len())) as u64) < self.rows_left {
+        if let (Some(y), Some(target)) = (&y, target) {
+            examples.retain(|&row| target.keeps(&y[row as usize * d_out..][..d_out]));
+        }
+        examples.shuffle(&mut generator(shards.seed, self.position.epoch, number as u64));
+        if ((examples.len() - self.position.row.min(examples.len())) as u64) < self.rows_left {
             shards.read_ahead(self.position)?;
         }
-        Ok(Loaded { x, y, rows })
+        Ok(Loaded { x, y, n_rows, examples })
     }
 }
 
-/// Appends `rows` of raw `vectors` to `out`, normalised.
-fn extend(out: &mut Vec<f32>, vectors: &[f32], rows: &[u32], normalisation: &Normalisation) {
-    let width = normalisation.mean.len();
+/// Appends a raw vector to `out`, normalised.
+fn append(out: &mut Vec<f32>, vector: &[f32], rows: RowScaling, normalisation: &Normalisation) {
+    let start = out.len();
+    out.extend(vector);
+    let added = &mut out[start..];
+    if !rows.is_none() {
+        rows.apply(vector, added);
+    }
     #[expect(clippy::cast_possible_truncation, reason = "activations are f32")]
     let inverse = (1.0 / normalisation.scale) as f32;
-    for &row in rows {
-        let start = row as usize * width;
-        out.extend(vectors[start..start + width].iter().map(|v| v * inverse));
-    }
+    added.iter_mut().for_each(|v| *v *= inverse);
 }
 
 #[cfg(test)]
@@ -277,14 +298,25 @@ mod tests {
     use std::sync::Mutex;
 
     use serde_json::Value;
+    use shared::config::train::Normalise;
     use shared::format::SaeMetadata;
 
-    /// Three shards of 4, 3 and 5 rows at two taps; row `r` of shard `s` holds `10 s + r` twice, and its negative once.
+    /// Three shards of 4, 3 and 5 rows at three taps; row `r` of shard `s` holds `10 s + r` twice, its negative once, and
+    /// the first again.
     struct Three(Value, Mutex<Vec<usize>>);
 
-    const TAPS: [SourceTap; 2] = [SourceTap { point: None, width: 2 }, SourceTap { point: None, width: 1 }];
-    const PLAIN: Wiring = Wiring { input: 0, target: None };
-    const PAIR: Wiring = Wiring { input: 0, target: Some(1) };
+    const TAPS: [SourceTap; 3] = [
+        SourceTap { point: None, width: 2 },
+        SourceTap { point: None, width: 1 },
+        SourceTap { point: None, width: 2 },
+    ];
+    fn plain_wiring() -> Wiring {
+        Wiring { inputs: vec![0], target: None }
+    }
+
+    fn pair_wiring() -> Wiring {
+        Wiring { inputs: vec![0], target: Some(1) }
+    }
 
     impl ActivationSource for Three {
         fn taps(&self) -> &[SourceTap] {
@@ -299,7 +331,8 @@ mod tests {
         fn read(&self, shard: usize, taps: &[usize]) -> Result<Vec<Vectors>> {
             self.1.lock().unwrap().push(shard);
             let rows = || (0..[4, 3, 5][shard]).map(|row| (10 * shard + row) as f32);
-            let both = [rows().flat_map(|v| [v; 2]).collect(), rows().map(|v| -v).collect::<Vec<_>>()];
+            let twice: Vec<f32> = rows().flat_map(|v| [v; 2]).collect();
+            let both = [twice.clone(), rows().map(|v| -v).collect(), twice];
             Ok(taps.iter().map(|&tap| Arc::new(both[tap].clone())).collect())
         }
         fn statistics(&self, _: usize) -> Result<Statistics> {
@@ -330,11 +363,11 @@ mod tests {
     }
 
     fn plain() -> Scaling {
-        Scaling { input: normalisation(2, f64::INFINITY), target: None }
+        Scaling { rows: RowScaling::None, inputs: vec![normalisation(2, f64::INFINITY)], target: None }
     }
 
     fn batches(scaling: &Scaling, position: Position) -> Batches {
-        Batches::new(PLAIN, scaling.clone(), position, 100)
+        Batches::new(plain_wiring(), scaling.clone(), position, 100)
     }
 
     fn rows(batches: &mut Batches, shards: &mut Shards, n: usize) -> Vec<f32> {
@@ -346,7 +379,7 @@ mod tests {
 
     #[test]
     fn every_epoch_holds_every_row_once_in_another_order() {
-        let mut shards_1 = shards(1, &[PLAIN]);
+        let mut shards_1 = shards(1, &[plain_wiring()]);
         let mut stream = batches(&plain(), Position::default());
         let (first, second) = (rows(&mut stream, &mut shards_1, 12), rows(&mut stream, &mut shards_1, 12));
         assert_ne!(first, second);
@@ -356,29 +389,30 @@ mod tests {
             assert_eq!(epoch, [0.0, 1.0, 2.0, 3.0, 10.0, 11.0, 12.0, 20.0, 21.0, 22.0, 23.0, 24.0]);
         }
         assert_eq!(stream.position(), Position { epoch: 2, shard: 0, row: 0 });
-        let other = rows(&mut batches(&plain(), Position::default()), &mut shards(2, &[PLAIN]), 12);
+        let other = rows(&mut batches(&plain(), Position::default()), &mut shards(2, &[plain_wiring()]), 12);
         assert_ne!(other, first);
     }
 
     #[test]
     fn outliers_are_passed_over_at_either_tap() {
-        let limited = |limit| Scaling { input: normalisation(2, limit), target: None };
-        let mut epoch = rows(&mut batches(&limited(15.0), Position::default()), &mut shards(1, &[PLAIN]), 5);
+        let limited = |limit| Scaling { inputs: vec![normalisation(2, limit)], ..plain() };
+        let mut epoch =
+            rows(&mut batches(&limited(15.0), Position::default()), &mut shards(1, &[plain_wiring()]), 5);
         epoch.sort_by(f32::total_cmp);
         assert_eq!(epoch, [0.0, 1.0, 2.0, 3.0, 10.0]);
         let mut none = batches(&limited(-1.0), Position::default());
-        assert!(none.fill(&mut shards(1, &[PLAIN]), 1, &mut Pairs::default()).is_err());
+        assert!(none.fill(&mut shards(1, &[plain_wiring()]), 1, &mut Pairs::default()).is_err());
         let target = Some(normalisation(1, 3.0));
         let scaling = Scaling { target, ..plain() };
         let mut out = Pairs::default();
-        let mut pairs = Batches::new(PAIR, scaling, Position::default(), 4);
-        pairs.fill(&mut shards(1, &[PAIR]), 4, &mut out).unwrap();
+        let mut pairs = Batches::new(pair_wiring(), scaling, Position::default(), 4);
+        pairs.fill(&mut shards(1, &[pair_wiring()]), 4, &mut out).unwrap();
         assert!(out.targets().iter().all(|y| (-6.0..=0.0).contains(y)), "{out:?}");
         assert!(out.x.chunks_exact(2).zip(&out.y).all(|(x, y)| x[0] == -y), "{out:?}");
 
         // The first shard has norms 0, 1, 2, 3 times √2; the upper median is 2.
-        let measured = Scaling::measure(&*three(), PAIR, 1.25).unwrap();
-        let Normalisation { scale, mean, limit } = measured.input;
+        let measured = Scaling::measure(&*three(), &pair_wiring(), 1.25, Normalise::Scalar).unwrap();
+        let Normalisation { scale, mean, limit } = measured.inputs[0].clone();
         assert!((limit - 2.5 * 2f64.sqrt()).abs() < 1e-9);
         assert_eq!(mean, [1.0, 1.0]);
         assert!((scale - (10.0f64 / 3.0).sqrt()).abs() < 1e-9);
@@ -386,14 +420,37 @@ mod tests {
     }
 
     #[test]
+    fn every_vector_of_every_layer_is_an_example_in_its_own_units() {
+        let source: Arc<dyn ActivationSource> = Arc::new(Three(Value::Null, Mutex::default()));
+        let wiring = Wiring { inputs: vec![0, 2], target: None };
+        let mut shards = Shards::new(&source, std::slice::from_ref(&wiring), 5);
+        let quarter = Normalisation { scale: 0.25, ..normalisation(2, 12.5 * 2f64.sqrt()) };
+        let scaling = Scaling { inputs: vec![normalisation(2, f64::INFINITY), quarter], ..plain() };
+        let mut out = Pairs::default();
+        Batches::new(wiring, scaling, Position::default(), 19).fill(&mut shards, 19, &mut out).unwrap();
+        let mut seen: Vec<(u16, u32)> = out
+            .inputs
+            .iter()
+            .zip(out.x.chunks_exact(2))
+            .map(|(&input, x)| (input, (x[0] * [0.5, 0.25][usize::from(input)]).round() as u32))
+            .collect();
+        assert!(!seen.is_sorted(), "layers are mixed");
+        seen.sort_unstable();
+        let all = [0, 1, 2, 3, 10, 11, 12, 20, 21, 22, 23, 24];
+        // The second layer holds the same vectors, of which those longer than 12.5 √2 are left out.
+        let wanted = all.map(|v| (0, v)).into_iter().chain(all[..7].iter().map(|v| (1, *v)));
+        assert_eq!(seen, wanted.collect::<Vec<_>>());
+    }
+
+    #[test]
     fn any_position_can_be_resumed() {
         let mut whole = batches(&plain(), Position::default());
-        let all = rows(&mut whole, &mut shards(7, &[PLAIN]), 40);
+        let all = rows(&mut whole, &mut shards(7, &[plain_wiring()]), 40);
         let mut done = 0;
         let mut position = Position::default();
         for n in [1, 5, 2, 9, 11, 12] {
             let mut part = batches(&plain(), position);
-            assert_eq!(rows(&mut part, &mut shards(7, &[PLAIN]), n), all[done..done + n]);
+            assert_eq!(rows(&mut part, &mut shards(7, &[plain_wiring()]), n), all[done..done + n]);
             (done, position) = (done + n, part.position());
         }
     }
@@ -402,10 +459,12 @@ mod tests {
     fn a_shard_is_read_once_for_all() {
         let source = three();
         let seen: Arc<dyn ActivationSource> = source.clone();
-        let mut shards = Shards::new(&seen, &[PLAIN, PAIR], 3);
+        let mut shards = Shards::new(&seen, &[plain_wiring(), pair_wiring()], 3);
         let pair = Scaling { target: Some(normalisation(1, f64::INFINITY)), ..plain() };
-        let mut streams =
-            [batches(&plain(), Position::default()), Batches::new(PAIR, pair, Position::default(), 12)];
+        let mut streams = [
+            batches(&plain(), Position::default()),
+            Batches::new(pair_wiring(), pair, Position::default(), 12),
+        ];
         let mut alone = Vec::new();
         for _ in 0..4 {
             for stream in &mut streams {

@@ -41,14 +41,14 @@ impl Beginning {
     /// Measures `source`.
     pub(super) fn measure(
         source: &Arc<dyn ActivationSource>,
-        wiring: Wiring,
+        wiring: &Wiring,
         config: &TrainConfig,
     ) -> Result<Self> {
-        let scaling = Scaling::measure(&**source, wiring, config.max_norm)?;
+        let scaling = Scaling::measure(&**source, wiring, config.max_norm, config.normalise)?;
         let mut sample = Pairs::default();
         let rows = usize::try_from(source.n_vectors())?.min(init::SAMPLE_ROWS);
-        let mut shards = Shards::new(source, &[wiring], config.seed);
-        let mut batches = Batches::new(wiring, scaling.clone(), Position::default(), rows as u64);
+        let mut shards = Shards::new(source, std::slice::from_ref(wiring), config.seed);
+        let mut batches = Batches::new(wiring.clone(), scaling.clone(), Position::default(), rows as u64);
         batches.fill(&mut shards, rows, &mut sample)?;
         Ok(Self { scaling, sample })
     }
@@ -223,8 +223,7 @@ impl<'a> Run<'a> {
         let (config, State { dead, pressure, trainer, .. }) = (self.config, &self.state);
         let mask = || dead.mask_within(config.dead_window.0);
         let lengths = config.prefix_lengths();
-        let normaliser =
-            if config.activation.chooses() { self.state.scaling.output().variance() } else { 1.0 };
+        let normaliser = if config.activation.chooses() { self.state.scaling.variance() } else { 1.0 };
         Objective {
             sparsity: pressure.sparsity(config, trainer.step),
             prefixes: lengths.into_iter().map(|n_latents| Prefix { n_latents, weight: 1.0 }).collect(),
@@ -242,7 +241,7 @@ impl<'a> Run<'a> {
     fn write_line(&mut self, settings: &Settings<'_>, waited: Duration) -> Result<()> {
         let State { trainer, guard, dead, scaling, .. } = &self.state;
         if self.interval.n_steps > 0 {
-            let variance = scaling.output().variance();
+            let variance = scaling.variance();
             let (skipped, step) = (guard.skipped, trainer.step);
             let mut line = self.interval.line(variance, settings, dead, self.config, skipped, step, waited);
             let widths = self.wiring.widths(&**self.source);

@@ -2,14 +2,15 @@
 //!
 //! [`super::vectors`] is one safetensors file, [`super::live`] a language model.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
-use shared::config::train::TrainConfig;
+use shared::config::train::{Layers, TrainConfig};
 use shared::format::SaeMetadata;
-use shared::tap::TapPoint;
+use shared::tap::{Site, TapPoint};
 
 use crate::store::{Split, Store};
 
@@ -93,11 +94,11 @@ pub trait ActivationSource: Send + Sync {
 }
 
 /// What an autoencoder reads, and what it reconstructs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Wiring {
-    /// The tap that is encoded.
-    pub input: usize,
-    /// The tap that is reconstructed, for a transcoder; else the input itself is.
+    /// The taps whose vectors are encoded, ascending and of one width; every vector of each is an example.
+    pub inputs: Vec<usize>,
+    /// The tap that is reconstructed, for a transcoder, which has one input; else the inputs themselves are.
     pub target: Option<usize>,
 }
 
@@ -105,7 +106,7 @@ impl Wiring {
     /// The taps that `config` asks for, among those of `source`; without a word the only one.
     ///
     /// # Errors
-    /// If the source does not have them, or has several and none is named.
+    /// If the source does not have them, or has several and none is named, or layers are of different widths.
     pub fn of(config: &TrainConfig, source: &dyn ActivationSource) -> Result<Self> {
         let taps = source.taps();
         let names = || {
@@ -117,38 +118,73 @@ impl Wiring {
             let found = taps.iter().position(|tap| tap.point == Some(point));
             found.with_context(|| format!("the data hold no tap {point}; they hold {}", names()))
         };
-        let input = match (config.tap, taps) {
-            (Some(point), _) => find(point)?,
-            (None, [_]) => 0,
-            (None, _) => bail!("the data hold several taps; choose with --tap: {}", names()),
+        let inputs = match (&config.layers, config.tap, taps) {
+            (Some(layers), ..) => layer_points(layers, &config.sites, taps)
+                .into_iter()
+                .map(find)
+                .collect::<Result<BTreeSet<_>>>()?
+                .into_iter()
+                .collect(),
+            (None, Some(point), _) => vec![find(point)?],
+            (None, None, [_]) => vec![0],
+            (None, None, _) => bail!("the data hold several taps; choose with --tap: {}", names()),
         };
+        let first = *inputs.first().with_context(|| {
+            let sites: Vec<&str> = config.sites.iter().map(|site| site.name()).collect();
+            format!("the data hold no layer of {}; they hold {}", sites.join(", "), names())
+        })?;
+        let width = taps[first].width;
+        ensure!(
+            inputs.iter().all(|&tap| taps[tap].width == width),
+            "one dictionary needs vectors of one width, but layers of {} differ",
+            names()
+        );
         let target = config.target.map(find).transpose()?;
-        ensure!(target != Some(input), "tap and target are both {}", names());
-        Ok(Self { input, target })
+        ensure!(target != Some(first), "tap and target are both {}", names());
+        Ok(Self { inputs, target })
     }
 
-    /// Its taps, the input first.
+    /// Its taps, the inputs first.
     #[must_use]
-    pub fn taps(self) -> Vec<usize> {
-        [Some(self.input), self.target].into_iter().flatten().collect()
+    pub fn taps(&self) -> Vec<usize> {
+        self.inputs.iter().copied().chain(self.target).collect()
     }
 
     /// Widths of inputs and of what is reconstructed.
     #[must_use]
-    pub fn widths(self, source: &dyn ActivationSource) -> [usize; 2] {
-        [self.input, self.target.unwrap_or(self.input)].map(|tap| source.taps()[tap].width)
+    pub fn widths(&self, source: &dyn ActivationSource) -> [usize; 2] {
+        let width = |tap: usize| source.taps()[tap].width;
+        let input = self.inputs.first().map_or(0, |&tap| width(tap));
+        [input, self.target.map_or(input, width)]
     }
 
     /// What identifies the vectors.
     #[must_use]
-    pub fn provenance(self, source: &dyn ActivationSource) -> Value {
+    pub fn provenance(&self, source: &dyn ActivationSource) -> Value {
         let mut all = source.provenance().clone();
-        for (key, tap) in [("tap", Some(self.input)), ("target", self.target)] {
-            if let Some(point) = tap.and_then(|tap| source.taps()[tap].point) {
-                all[key] = json!(point.to_string());
-            }
+        let name = |tap: usize| source.taps()[tap].point.map(|point| json!(point.to_string()));
+        let names: Option<Vec<Value>> = self.inputs.iter().map(|&tap| name(tap)).collect();
+        match names.as_deref() {
+            Some([one]) => all["tap"] = one.clone(),
+            Some(several) => all["taps"] = json!(several),
+            None => {}
+        }
+        if let Some(target) = self.target.and_then(name) {
+            all["target"] = target;
         }
         all
+    }
+}
+
+/// The points that `layers` of `sites` are, among `taps`.
+fn layer_points(layers: &Layers, sites: &[Site], taps: &[SourceTap]) -> Vec<TapPoint> {
+    match layers {
+        Layers::Some(layers) => {
+            sites.iter().flat_map(|&site| layers.iter().map(move |&layer| TapPoint { site, layer })).collect()
+        }
+        Layers::All(_) => {
+            taps.iter().filter_map(|tap| tap.point).filter(|point| sites.contains(&point.site)).collect()
+        }
     }
 }
 

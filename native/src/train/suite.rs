@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use indicatif::ProgressBar;
-use shared::config::train::TrainConfig;
+use shared::config::train::{Normalise, TrainConfig};
 
 use super::checkpoint;
 use super::finish::{Summary, finished};
@@ -80,7 +80,7 @@ pub fn run_all(
 }
 
 /// What runs must have in common to share how their data were measured.
-type Measured = (Wiring, u64);
+type Measured = (Wiring, u64, Normalise);
 
 /// The summary of a job that is finished, or else its run.
 #[expect(clippy::type_complexity, reason = "one or the other")]
@@ -96,11 +96,12 @@ fn begin<'a>(
         return Ok((Some(summary), None));
     }
     // Measured when the first run needs it, and only once.
-    let begin = || match beginnings.entry((wiring, job.config.max_norm.to_bits())) {
+    let measured = (wiring.clone(), job.config.max_norm.to_bits(), job.config.normalise);
+    let begin = || match beginnings.entry(measured) {
         Entry::Occupied(known) => Ok(known.get().clone()),
-        Entry::Vacant(entry) => Ok(entry.insert(Beginning::measure(source, wiring, &job.config)?).clone()),
+        Entry::Vacant(entry) => Ok(entry.insert(Beginning::measure(source, &wiring, &job.config)?).clone()),
     };
-    let run = Run::start(source, wiring, &job.config, &job.out, identity, begin)?;
+    let run = Run::start(source, wiring.clone(), &job.config, &job.out, identity, begin)?;
     Ok((None, Some((wiring, run))))
 }
 
@@ -136,7 +137,7 @@ struct Stream {
 
 impl Stream {
     fn serves(&self, member: &Member<'_>, jobs: &[Job]) -> bool {
-        let same = (self.wiring, self.batch) == (member.wiring, jobs[member.job].config.batch);
+        let same = self.wiring == member.wiring && self.batch == jobs[member.job].config.batch;
         same && self.scaling == *member.run.scaling()
     }
 }
@@ -151,7 +152,7 @@ struct Suite<'a> {
 impl Suite<'_> {
     fn train(mut self, stop: &StopFlag) -> Result<Vec<Result<Summary>>> {
         let mut streams = self.streams();
-        let wirings: Vec<Wiring> = streams.iter().map(|stream| stream.wiring).collect();
+        let wirings: Vec<Wiring> = streams.iter().map(|stream| stream.wiring.clone()).collect();
         let mut shards = Shards::new(self.source, &wirings, self.jobs[0].config.seed);
         let (done, left) = self.progress(&streams);
         let bar = progress::bar(done + left, "train", "tokens");
@@ -200,14 +201,14 @@ impl Suite<'_> {
             if streams.iter().any(|stream| stream.serves(member, self.jobs)) {
                 continue;
             }
-            let (wiring, batch) = (member.wiring, self.jobs[member.job].config.batch);
+            let (wiring, batch) = (member.wiring.clone(), self.jobs[member.job].config.batch);
             let scaling = member.run.scaling().clone();
-            let batches = Batches::new(wiring, scaling.clone(), Position::default(), 0);
+            let batches = Batches::new(wiring.clone(), scaling.clone(), Position::default(), 0);
             let mut stream = Stream { wiring, batch, scaling, batches };
             let served = self.runs.iter().filter(|other| stream.serves(other, self.jobs));
             let position = served.map(|other| other.run.position()).min().unwrap_or_default();
             let left = self.steps(&stream).1 * batch as u64;
-            stream.batches = Batches::new(wiring, stream.scaling.clone(), position, left);
+            stream.batches = Batches::new(stream.wiring.clone(), stream.scaling.clone(), position, left);
             streams.push(stream);
         }
         streams

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::multi_layer::MultiLayer;
 use crate::tap::{Site, TapPoint};
 
 /// What is known about the data an autoencoder reads. Everything is optional: released files say little.
@@ -15,6 +16,8 @@ pub struct SaeMetadata {
     pub tap: Option<TapPoint>,
     /// The tap a transcoder reconstructs.
     pub target: Option<TapPoint>,
+    /// The layers of a multi-layer SAE, which has no tap of its own.
+    pub layers: Option<MultiLayer>,
     /// The hook's name in TransformerLens terms, such as `blocks.20.hook_resid_post`.
     pub hook_name: Option<String>,
     /// Tokens per training sequence.

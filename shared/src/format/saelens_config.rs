@@ -248,7 +248,16 @@ fn metadata(mut cfg: Map<String, Value>) -> Result<SaeMetadata, FormatError> {
     if !foreign.is_empty() {
         provenance.insert("saelens".to_owned(), Value::Object(foreign));
     }
-    Ok(SaeMetadata { model_name, tap, target, hook_name, context_size, prepend_bos, provenance })
+    Ok(SaeMetadata {
+        model_name,
+        tap,
+        target,
+        layers: None,
+        hook_name,
+        context_size,
+        prepend_bos,
+        provenance,
+    })
 }
 
 /// The `cfg.json` of version 6 for an autoencoder; with `own` also for one that SAELens has no architecture for.

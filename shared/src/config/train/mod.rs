@@ -1,4 +1,4 @@
-//! The keys of a training run.
+//! The keys of a training run; `choices` holds the words that some of them are, `check` what they must satisfy together.
 //!
 //! The defaults are made for short runs: a few thousand steps over some hundred thousand vectors, repeated.
 //! The published JumpReLU recipe assumes billions of tokens: with ε = 0.001 and a learning rate of 7e-5 a
@@ -8,80 +8,16 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, Count};
+mod check;
+mod choices;
+
+pub use choices::{
+    AllLayers, DecoderBiasInit, EncoderPrecision, FromData, LatentFunction, Layers, Normalise, ThresholdInit,
+};
+
+use super::Count;
 use crate::loss::Parametrisation;
-use crate::tap::TapPoint;
-
-/// Where thresholds start.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum ThresholdInit {
-    /// The same θ for every latent, in units of the normalised data.
-    Value(f64),
-    /// From data.
-    FromData(FromData),
-}
-
-/// The word for [`ThresholdInit::FromData`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum FromData {
-    /// The quantile of each latent's own pre-activations at which it fires equally often, such that the mean
-    /// L0 is `init_l0`: no latent starts dead, none starts dense.
-    Quantile,
-}
-
-/// Where the decoder bias starts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum DecoderBiasInit {
-    /// The mean of the first vectors.
-    Mean,
-    /// Zero, as published.
-    Zero,
-}
-
-/// How a training step finds its encoder product.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum EncoderPrecision {
-    /// All of it in f32.
-    #[default]
-    F32,
-    /// In bf16, and once more in f32 what that cannot rule out: the same bits, sooner. Needs a processor with AVX512-BF16;
-    /// without it as `F32`.
-    Bf16,
-}
-
-/// The latent function that is trained.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum LatentFunction {
-    /// `max(z, 0)` under a norm penalty.
-    Relu,
-    /// A trained threshold for each latent (arXiv 2407.14435).
-    JumpRelu,
-    /// A gate and a magnitude path (arXiv 2404.16014), released as a JumpReLU.
-    Gated,
-    /// The `k` largest of a row (arXiv 2406.04093).
-    TopK,
-    /// The `k · batch` largest of a batch (arXiv 2412.06410), released as a JumpReLU with one threshold.
-    BatchTopK,
-}
-
-impl LatentFunction {
-    /// Whether a number of latents is chosen, rather than a penalty balanced.
-    #[must_use]
-    pub fn chooses(self) -> bool {
-        matches!(self, Self::TopK | Self::BatchTopK)
-    }
-
-    /// Whether sparsity comes from a norm of the latents.
-    #[must_use]
-    pub fn has_norm(self) -> bool {
-        matches!(self, Self::Relu | Self::Gated)
-    }
-}
+use crate::tap::{Site, TapPoint};
 
 /// Configuration of a training run; every key has a default except what names the data.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -90,6 +26,14 @@ pub struct TrainConfig {
     /// The tap of the store to train on, such as `resid.14`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tap: Option<TapPoint>,
+    /// Several layers of `sites` for one dictionary, instead of `tap`: `"all"`, or their numbers (a multi-layer SAE, arXiv 2409.04185).
+    /// Every vector of each is an example.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layers: Option<Layers>,
+    /// The sites of `layers`.
+    pub sites: Vec<Site>,
+    /// How vectors are brought to one length.
+    pub normalise: Normalise,
     /// The tap to reconstruct instead, such as `mlp.14` with `tap = "mlp_in.14"`: a transcoder.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target: Option<TapPoint>,
@@ -202,6 +146,9 @@ impl Default for TrainConfig {
     fn default() -> Self {
         Self {
             tap: None,
+            layers: None,
+            sites: vec![Site::Resid],
+            normalise: Normalise::Scalar,
             target: None,
             skip: false,
             width: 4096,
@@ -284,139 +231,12 @@ impl TrainConfig {
         let length = |share: &f64| (share * self.width as f64).round() as usize;
         self.prefixes.iter().map(length).collect()
     }
-
-    /// Checks what types cannot say, key by key and across keys.
-    ///
-    /// # Errors
-    /// Names the key, its value and what is allowed.
-    pub fn check(&self) -> Result<(), ConfigError> {
-        let positive: [(&'static str, f64); 4] = [
-            ("lr", self.lr),
-            ("threshold_lr", self.threshold_lr),
-            ("bandwidth", self.bandwidth),
-            ("target_weight", self.target_weight),
-        ];
-        for (key, value) in positive {
-            if !(value.is_finite() && value > 0.0) {
-                return Err(ConfigError::value(key, value, "a positive number"));
-            }
-        }
-        if self.width == 0 || u32::try_from(self.width).is_err() {
-            return Err(ConfigError::value("width", self.width, "at least 1 and below 2^32"));
-        }
-        if self.target.is_some() && self.target == self.tap {
-            return Err(ConfigError::value("target", "the tap itself", "another tap, or none"));
-        }
-        if self.skip && self.target.is_none() {
-            return Err(ConfigError::value("skip", self.skip, "false: only a transcoder (target) can skip"));
-        }
-        if !(1..1 << 24).contains(&self.batch) {
-            return Err(ConfigError::value("batch", self.batch, "from 1 to 2^24"));
-        }
-        if self.total_steps() == 0 {
-            return Err(ConfigError::value("tokens", self.tokens, "at least one batch"));
-        }
-        if !(0.0..=1.0).contains(&self.lr_decay_share) {
-            return Err(ConfigError::value("lr_decay_share", self.lr_decay_share, "from 0 to 1"));
-        }
-        if self.log_every == 0 || self.checkpoint_every == 0 {
-            return Err(ConfigError::value("log_every and checkpoint_every", 0, "at least 1"));
-        }
-        if !(self.checkpoint_minutes.is_finite() && self.checkpoint_minutes > 0.0) {
-            return Err(ConfigError::value(
-                "checkpoint_minutes",
-                self.checkpoint_minutes,
-                "a positive number",
-            ));
-        }
-        if !(self.max_norm == 0.0 || (self.max_norm.is_finite() && self.max_norm >= 1.0)) {
-            return Err(ConfigError::value("max_norm", self.max_norm, "0 or at least 1"));
-        }
-        if let ThresholdInit::Value(value) = self.threshold_init
-            && !(value.is_finite() && value > 0.0)
-        {
-            return Err(ConfigError::value("threshold_init", value, "a positive number or \"quantile\""));
-        }
-        #[expect(clippy::cast_precision_loss, reason = "widths are far below 2^53")]
-        let width = self.width as f64;
-        self.check_variant()?;
-        if self.activation.chooses() {
-            return Ok(());
-        }
-        match (self.target_l0, self.lambda) {
-            (Some(target), None) if target > 0.0 && target < width => Ok(()),
-            (Some(target), None) => {
-                Err(ConfigError::value("target_l0", target, "above 0 and below the width"))
-            }
-            (None, Some(lambda)) if lambda.is_finite() && lambda >= 0.0 => Ok(()),
-            (None, Some(lambda)) => Err(ConfigError::value("lambda", lambda, "a number of at least 0")),
-            (None, None) => Err(ConfigError::value("target_l0", "missing", "a target L0, or else a lambda")),
-            (Some(_), Some(lambda)) => {
-                Err(ConfigError::value("lambda", lambda, "no lambda beside a target_l0"))
-            }
-        }
-    }
-
-    /// Keys that only some latent functions know.
-    fn check_variant(&self) -> Result<(), ConfigError> {
-        let name = toml::Value::try_from(self.activation).map_or_else(|_| String::new(), |v| v.to_string());
-        let only = |key, used: bool, fits: bool, value: String| {
-            let expected = format!("nothing: activation is {name}");
-            if used && !fits { Err(ConfigError::value(key, value, expected)) } else { Ok(()) }
-        };
-        let (norm, chooses) = (self.activation.has_norm(), self.activation.chooses());
-        let jump = self.activation == LatentFunction::JumpRelu;
-        only("k", self.k > 0, chooses, self.k.to_string())?;
-        let sparsity = self.target_l0.or(self.lambda);
-        let key = if self.target_l0.is_some() { "target_l0" } else { "lambda" };
-        only(key, sparsity.is_some(), !chooses, format!("{sparsity:?}"))?;
-        only("decoder_norm", self.decoder_norm, norm, "true".to_owned())?;
-        only("p_end", self.p_end < 1.0, norm, self.p_end.to_string())?;
-        only("multi_topk", self.multi_topk, self.activation == LatentFunction::TopK, "true".to_owned())?;
-        only("dead_loss", self.dead_loss > 0.0, jump, self.dead_loss.to_string())?;
-        if chooses && !(1..=self.width).contains(&self.k) {
-            return Err(ConfigError::value("k", self.k, "from 1 to the width"));
-        }
-        if !(self.p_end > 0.0 && self.p_end <= 1.0) {
-            return Err(ConfigError::value("p_end", self.p_end, "above 0 and at most 1"));
-        }
-        let annealed = self.p_end < 1.0;
-        if annealed && !((0.0..1.0 - self.lr_decay_share).contains(&self.p_start) && self.p_updates > 0) {
-            let expected = "from 0 to below 1 − lr_decay_share, with p_updates at least 1";
-            return Err(ConfigError::value("p_start", self.p_start, expected));
-        }
-        if self.aux_k > self.width {
-            return Err(ConfigError::value("aux_k", self.aux_k, "at most the width"));
-        }
-        for (key, value) in [("aux_weight", self.aux_weight), ("dead_loss", self.dead_loss)] {
-            if !(value.is_finite() && value >= 0.0) {
-                return Err(ConfigError::value(key, value, "a number of at least 0"));
-            }
-        }
-        for (key, value) in [("beta1", self.beta1), ("beta2", self.beta2)] {
-            if !(0.0..1.0).contains(&value) {
-                return Err(ConfigError::value(key, value, "from 0 to below 1"));
-            }
-        }
-        let lengths = self.prefix_lengths();
-        let ascending = lengths.windows(2).all(|pair| pair[0] < pair[1]) && !lengths.starts_with(&[0]);
-        let whole = lengths.last().is_none_or(|&last| last == self.width);
-        if !(ascending && whole) {
-            let value = format!("{:?}", self.prefixes);
-            return Err(ConfigError::value(
-                "prefixes",
-                value,
-                "ascending shares of the width that end with 1",
-            ));
-        }
-        Ok(())
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Override, resolve, to_toml};
+    use crate::config::{ConfigError, Override, resolve, to_toml};
 
     fn from(text: &str) -> Result<TrainConfig, ConfigError> {
         let config: TrainConfig = resolve(text, &[])?;
@@ -437,6 +257,24 @@ mod tests {
         let quantile =
             from("target_l0 = 40\nthreshold_init = 'quantile'\ntokens = '1M'\nbatch = 1000").unwrap();
         assert_eq!((quantile.total_steps(), quantile.initial_l0()), (1000, 80.0));
+    }
+
+    #[test]
+    fn layers_are_all_or_numbers_and_exclude_a_tap() {
+        let of = |text: &str| from(&format!("target_l0 = 4.0\n{text}"));
+        assert_eq!(of("layers = 'all'").unwrap().layers, Some(Layers::All(AllLayers::All)));
+        let some = of("layers = [3, 0]\nsites = ['mlp']\nnormalise = 'standardise'").unwrap();
+        assert_eq!((some.layers, some.sites), (Some(Layers::Some(vec![3, 0])), vec![Site::Mlp]));
+        for broken in [
+            "layers = []",
+            "layers = 'some'",
+            "layers = 'all'\nsites = []",
+            "layers = 'all'\ntap = 'resid.1'",
+            "layers = [0]\ntarget = 'mlp.1'",
+            "tap = 'mlp_in.1'\ntarget = 'mlp.1'\nnormalise = 'standardise'",
+        ] {
+            assert!(of(broken).is_err(), "{broken}");
+        }
     }
 
     #[test]

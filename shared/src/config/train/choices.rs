@@ -1,0 +1,103 @@
+//! The words of a training configuration: what a key may be, where it is more than a number.
+
+use serde::{Deserialize, Serialize};
+
+/// Where thresholds start.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum ThresholdInit {
+    /// The same θ for every latent, in units of the normalised data.
+    Value(f64),
+    /// From data.
+    FromData(FromData),
+}
+
+/// The word for [`ThresholdInit::FromData`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FromData {
+    /// The quantile of each latent's own pre-activations at which it fires equally often, such that the mean
+    /// L0 is `init_l0`: no latent starts dead, none starts dense.
+    Quantile,
+}
+
+/// Where the decoder bias starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DecoderBiasInit {
+    /// The mean of the first vectors.
+    Mean,
+    /// Zero, as published.
+    Zero,
+}
+
+/// How a training step finds its encoder product.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EncoderPrecision {
+    /// All of it in f32.
+    #[default]
+    F32,
+    /// In bf16, and once more in f32 what that cannot rule out: the same bits, sooner. Needs a processor with AVX512-BF16;
+    /// without it as `F32`.
+    Bf16,
+}
+
+/// The latent function that is trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LatentFunction {
+    /// `max(z, 0)` under a norm penalty.
+    Relu,
+    /// A trained threshold for each latent (arXiv 2407.14435).
+    JumpRelu,
+    /// A gate and a magnitude path (arXiv 2404.16014), released as a JumpReLU.
+    Gated,
+    /// The `k` largest of a row (arXiv 2406.04093).
+    TopK,
+    /// The `k · batch` largest of a batch (arXiv 2412.06410), released as a JumpReLU with one threshold.
+    BatchTopK,
+}
+
+impl LatentFunction {
+    /// Whether a number of latents is chosen, rather than a penalty balanced.
+    #[must_use]
+    pub fn chooses(self) -> bool {
+        matches!(self, Self::TopK | Self::BatchTopK)
+    }
+
+    /// Whether sparsity comes from a norm of the latents.
+    #[must_use]
+    pub fn has_norm(self) -> bool {
+        matches!(self, Self::Relu | Self::Gated)
+    }
+}
+
+/// The layers of a multi-layer SAE.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Layers {
+    /// These, counted from 0.
+    Some(Vec<usize>),
+    /// Every layer that the data hold.
+    All(AllLayers),
+}
+
+/// The word for [`Layers::All`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AllLayers {
+    /// Every layer.
+    All,
+}
+
+/// How vectors are brought to one length before training, and so by the autoencoder.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Normalise {
+    /// Divided by one scalar C a tap, such that their mean squared length is 1; folded into the weights.
+    #[default]
+    Scalar,
+    /// Each on its own: its mean taken away, its standard deviation divided out (mlsae, arXiv 2409.04185 §3).
+    Standardise,
+}

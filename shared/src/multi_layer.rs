@@ -1,0 +1,79 @@
+//! One dictionary for several layers (a multi-layer SAE, arXiv 2409.04185): what each layer's vectors need beside the weights.
+//!
+//! The weights speak about vectors in units of a scalar of their layer: `x / c_l`. At one layer this is an ordinary autoencoder of raw
+//! activations, whose biases and thresholds are in that layer's units; encoder rows and directions are the same at all.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::ShapeError;
+use crate::sae::{Activation, Sae};
+use crate::tap::TapPoint;
+
+/// A layer that the dictionary was trained on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Layer {
+    /// Where in the language model.
+    pub tap: TapPoint,
+    /// c_l: what raw vectors are divided by; 1 where each is scaled on its own.
+    pub scale: f64,
+    /// Raw vectors longer than this were not trained on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_input_norm: Option<f64>,
+}
+
+/// The layers of a multi-layer SAE.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MultiLayer {
+    /// The layers, in the order they were trained in.
+    pub layers: Vec<Layer>,
+}
+
+impl MultiLayer {
+    /// The number of the layer at `tap`.
+    #[must_use]
+    pub fn find(&self, tap: TapPoint) -> Option<usize> {
+        self.layers.iter().position(|layer| layer.tap == tap)
+    }
+
+    /// Whether the weights are those of raw activations at every layer.
+    #[must_use]
+    pub fn is_one(&self) -> bool {
+        self.layers.iter().all(|layer| layer.scale == 1.0)
+    }
+
+    /// The autoencoder of raw activations of layer number `layer`: with `z = W x / c + b` and `f = σ(z)`, in raw units
+    /// `z' = c z = W x + c b`, `θ' = c θ`, and the reconstruction `c x̂ = W_decᵀ f' + c b_dec`.
+    ///
+    /// # Errors
+    /// If there is no such layer, its scale is not a positive number, or vectors are scaled one by one and by layer both.
+    pub fn at(&self, sae: &Sae, layer: usize) -> Result<Sae, ShapeError> {
+        let found = self.layers.len();
+        let Some(Layer { scale, .. }) = self.layers.get(layer) else {
+            let value = layer.to_string();
+            return Err(ShapeError::Value {
+                name: "layer",
+                index: found,
+                value,
+                expected: "one of those trained on",
+            });
+        };
+        let fits = scale.is_finite() && *scale > 0.0 && (*scale == 1.0 || sae.rows().is_none());
+        if !fits {
+            let (value, expected) =
+                (scale.to_string(), "positive, and 1 where vectors are scaled one by one");
+            return Err(ShapeError::Value { name: "scale of a layer", index: layer, value, expected });
+        }
+        let mut parts = sae.clone().into_parts();
+        #[expect(clippy::cast_possible_truncation, reason = "weights are f32")]
+        let rescale =
+            |values: &mut [f32]| values.iter_mut().for_each(|v| *v = (f64::from(*v) * scale) as f32);
+        rescale(&mut parts.b_enc);
+        rescale(&mut parts.b_dec);
+        if let Activation::JumpRelu { threshold } = &mut parts.activation {
+            rescale(threshold);
+        }
+        Sae::new(parts)
+    }
+}
