@@ -7,11 +7,15 @@ pub mod dead;
 pub mod density;
 pub mod fvu;
 pub mod l0;
+pub mod layer_use;
+pub mod layer_variance;
 
 pub use dead::Dead;
 pub use density::{Density, Log10Histogram};
 pub use fvu::Fvu;
 pub use l0::L0;
+pub use layer_use::{LayerProfile, LayerUse, profile};
+pub use layer_variance::{Decomposition, LayerVariance};
 
 /// `a / b` of two counts, `None` when `b` is zero.
 fn ratio(a: u64, b: u64) -> Option<f64> {
