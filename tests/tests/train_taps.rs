@@ -12,7 +12,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use native::harvest::{self, Inputs, Live};
 use native::model;
-use native::sae_files::{read, read_whole};
+use native::sae_files::{SaeFormat, read, read_whole, write};
 use native::stop::StopFlag;
 use native::train::{
     ActivationSource, Job, LiveTaps, SourceTap, Statistics, StoreTaps, Vectors, run, run_all,
@@ -173,6 +173,13 @@ fn layers_speak_about_raw_vectors(whole: &Path, source: &dyn ActivationSource) {
     let error = format!("{:#}", read(&whole.join("layers")).unwrap_err());
     assert!(error.contains("2 layers") && error.contains("layers#resid.0"), "{error}");
     assert!(read(&whole.join("standardised")).is_ok(), "one autoencoder for all layers");
+    let (whole_file, again) = (read_whole(&whole.join("standardised")).unwrap(), whole.join("again"));
+    write(&again, SaeFormat::SaeLens, &whole_file).unwrap();
+    assert_eq!(
+        read_whole(&again).unwrap().metadata.layers,
+        whole_file.metadata.layers,
+        "converting keeps layers"
+    );
     let missing = format!("{}#resid.7", whole.join("layers").display());
     assert!(format!("{:#}", read(Path::new(&missing)).unwrap_err()).contains("resid.0, resid.1"));
     assert!(read(Path::new(&format!("{}#resid.1", whole.join("resid").display()))).is_err());

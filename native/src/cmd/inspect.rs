@@ -87,7 +87,7 @@ fn describe(path: &Path) -> Result<(String, Value)> {
         return describe_store(path);
     }
     if sae_files::is_sae(path) {
-        let value = sae_summary(&sae_files::read(path)?);
+        let value = sae_summary(&sae_files::read_whole(path)?);
         return Ok((lines(&format!("autoencoder {}", path.display()), &value), value));
     }
     if path.join("pack.json").is_file() {

@@ -192,11 +192,7 @@ fn open(path: &Path) -> Result<BufReader<File>> {
 /// If the format cannot hold the autoencoder or the disk refuses.
 pub fn write(path: &Path, format: SaeFormat, file: &SaeFile) -> Result<()> {
     match format {
-        SaeFormat::SaeLens => {
-            let folder = saelens::write(&file.sae, &file.metadata)?;
-            files::write_bytes(&path.join(saelens::WEIGHTS), &folder.weights)?;
-            files::write_bytes(&path.join(saelens::CONFIG), &folder.config)
-        }
+        SaeFormat::SaeLens => write_folder(path, &saelens::write(&file.sae, &file.metadata)?, &file.metadata),
         SaeFormat::GemmaScope => {
             single(path, "npz", gemma_scope::PARAMS, |target| gemma_scope::write(&file.sae, target))
         }
@@ -241,7 +237,12 @@ pub fn release(path: &Path, file: &SaeFile) -> Result<()> {
         tracing::warn!("{} can be read by this program only: {error}", path.display());
         Ok::<_, FormatError>(own)
     })?;
-    if let Some(layers) = &file.metadata.layers {
+    write_folder(path, &folder, &file.metadata)
+}
+
+/// Writes the files of a SAELens folder, with the layers of a multi-layer SAE beside them.
+fn write_folder(path: &Path, folder: &saelens::Folder, metadata: &SaeMetadata) -> Result<()> {
+    if let Some(layers) = &metadata.layers {
         files::write_bytes(&path.join(LAYERS), &serde_json::to_vec_pretty(layers)?)?;
     }
     files::write_bytes(&path.join(saelens::WEIGHTS), &folder.weights)?;

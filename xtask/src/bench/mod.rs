@@ -32,7 +32,7 @@ enum Bench {
     ///
     /// Harvests, trains all from one stream, and measures them on held-out text; takes about two hours on two cores. With
     /// --peer-python also SAELens and dictionary_learning on the same vectors; the last lines are then
-    /// `ratio fvu-NAME X.XXX`, our FVU at that one's L0 over its FVU.
+    /// `ratio fvu-NAME X.XX`, our FVU at that one's L0 over its FVU, to three digits.
     Quality(quality::Args),
     /// Reading the shards of a store, checksums included, beside a plain reading of the same bytes.
     ///

@@ -151,7 +151,7 @@ impl Bench<'_> {
         stages.run("eval", why, &out, false, &[self.configs.text("eval")?], eval)
     }
 
-    /// `ratio fvu-PEER X.XX`: our FVU at the peer's L0, between the two of ours next to it, over the peer's.
+    /// `ratio fvu-PEER X.XX`, to three digits: our FVU at the peer's L0, between the two of ours next to it, over the peer's.
     fn ratios(&self, saes: &[PathBuf], peers: &[Peer]) -> Result<Vec<String>> {
         let mut ours: BTreeMap<&str, Vec<(f64, f64)>> = BTreeMap::new();
         for sae in saes.iter().filter(|sae| peers.iter().all(|peer| peer.out != **sae)) {
