@@ -59,7 +59,7 @@ fn a_store_and_the_model_itself_teach_the_same() {
     let folder = tempfile::tempdir().unwrap();
     for (dtype, bucket) in [(StoreDtype::F32, 100_000), (StoreDtype::Bf16, 1500)] {
         let mut settings = prepare(folder.path());
-        (settings.dtype, settings.bucket_vectors) = (dtype, Count(bucket));
+        (settings.dtype, settings.bucket_vectors) = (dtype, Some(Count(bucket)));
         // Where a bucket is a shard, even the order is the same.
         settings.shard_vectors = settings.bucket_vectors;
         let out = |name: &str| folder.path().join(format!("{name}-{bucket}"));
@@ -96,7 +96,7 @@ fn killed_at_any_moment_and_run_again_gives_the_same_weights() {
 fn a_stop_while_the_model_runs_leaves_a_checkpoint() {
     let folder = tempfile::tempdir().unwrap();
     // Two buckets: what initialisation looks at lies in the first.
-    let settings = HarvestConfig { bucket_vectors: Count(5000), ..prepare(folder.path()) };
+    let settings = HarvestConfig { bucket_vectors: Some(Count(5000)), ..prepare(folder.path()) };
     let (config, stop) = (training(60), StopFlag::default());
     let loaded = model::load(settings.model.as_ref()).unwrap();
     let taps = LiveTaps::new(Live::new(&settings, loaded, &stop).unwrap()).unwrap();

@@ -43,7 +43,7 @@ pub(super) fn write(
     split: Split,
     first: usize,
 ) -> Result<(Vec<ShardInfo>, Vec<Moments>)> {
-    let per_shard = usize::try_from(config.shard_vectors.0)?;
+    let per_shard = usize::try_from(config.shard_rows(taps.iter().map(|tap| tap.1).sum()))?;
     let columns: Vec<_> = taps
         .par_iter()
         .map(|&tap| write_tap(folders, config.dtype, tap, layout, split, (first, per_shard)))

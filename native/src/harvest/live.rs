@@ -6,6 +6,7 @@
 use anyhow::{Context, Result, ensure};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
+use shared::config::Count;
 use shared::config::harvest::HarvestConfig;
 use shared::format::SaeMetadata;
 use shared::tap::TapPoint;
@@ -57,7 +58,9 @@ impl Live {
         let dropped = dropped(config);
         let keep = Keep { tokenizer: &tokenizer, dropped: &dropped };
         let [train, held_out] = &corpus.halves;
-        let most = config.bucket_vectors.0;
+        let most = config.live_bucket_rows(taps.iter().map(|tap| tap.1).sum());
+        let config =
+            &HarvestConfig { bucket_vectors: Some(Count(most)), shard_vectors: None, ..config.clone() };
         let plans =
             [plan::buckets(train, keep, most), plan::buckets(held_out, keep, most.min(HELD_OUT_BUCKET))];
         ensure!(

@@ -11,14 +11,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use indicatif::ProgressBar;
-use shared::config::ConfigError;
 use shared::config::harvest::HarvestConfig;
+use shared::config::{ConfigError, Count};
 use shared::tap::TapPoint;
 
 use crate::files;
 use crate::model::{LoadedModel, ModelProvenance};
 use crate::progress;
 use crate::stop::{StopFlag, Stopped};
+use crate::store::describe::{bytes, grouped};
 use crate::store::manifest::TokenizerInfo;
 use crate::store::{self, Manifest, Split, Store, Tokens};
 
@@ -116,7 +117,7 @@ pub fn finished(config: &HarvestConfig, out: impl Into<Output>) -> Result<Option
 }
 
 fn refuse_other(config: &HarvestConfig, made: &HarvestConfig, out: &Output) -> Result<()> {
-    let keys = partial::differing_keys(config, made)?;
+    let keys = partial::differing_keys(&config.as_begun(made), made)?;
     ensure!(
         keys.is_empty(),
         "{} holds a store made with other settings ({}): choose another place, or the same settings",
@@ -144,14 +145,29 @@ fn run_to(config: &HarvestConfig, out: &Output, inputs: &Inputs<'_>, stop: &Stop
     config.validate()?;
     let started = Instant::now();
     let taps = taps(config, inputs.model)?;
+    let values = taps.iter().map(|tap| tap.1).sum();
     let work = out.work();
     let folders = Folders { store: work.to_owned(), partial: work.join(PARTIAL) };
     let _lock = claim(&folders)?;
     out.claim()?;
     space::check_memory(config, &taps)?;
-    let (mut partial, halves) = match Partial::read(work)? {
+    let begun = Partial::read(work)?;
+    // Sizes are settled when a store is begun, and written down with it.
+    let mut settled = config.clone();
+    if let Some(partial) = &begun {
+        refuse_other(config, &partial.config, out)?;
+        settled = config.as_begun(&partial.config);
+    }
+    settled.bucket_vectors = Some(Count(settled.bucket_rows()));
+    settled.shard_vectors = Some(Count(settled.shard_rows(values)));
+    let config = &settled;
+    tracing::info!(
+        "shards of at most {} vectors, {} over all taps",
+        grouped(config.shard_rows(values)),
+        bytes(config.shard_rows(values) * values as u64 * config.dtype.size() as u64)
+    );
+    let (mut partial, halves) = match begun {
         Some(partial) => {
-            refuse_other(config, &partial.config, out)?;
             ensure!(
                 partial.model == inputs.provenance && partial.taps == taps,
                 "the unfinished store {} was made with another model than {}: it cannot be resumed",
@@ -272,8 +288,7 @@ impl Run<'_> {
     fn finish(&self, partial: &mut Partial) -> Result<(Manifest, Times)> {
         let (tokenizer, dropped) = (partial.tokenizer.clone(), partial.dropped());
         let keep = Keep { tokenizer: &tokenizer, dropped: &dropped };
-        let plans =
-            self.halves.each_ref().map(|half| plan::buckets(half, keep, self.config.bucket_vectors.0));
+        let plans = self.halves.each_ref().map(|half| plan::buckets(half, keep, self.config.bucket_rows()));
         self.out.send_shards(partial, self.stop)?;
         space::check(self.out, partial, &plans)?;
         let total: u64 = self.halves.iter().map(|half| half.ids.len() as u64).sum();

@@ -121,7 +121,7 @@ impl Partial {
             sequence_length: self.config.sequence_length,
             dropped: self.dropped(),
             dtype: self.config.dtype,
-            bucket_vectors: self.config.bucket_vectors.0,
+            bucket_vectors: self.config.bucket_rows(),
             seed: self.config.seed,
             taps,
             train,

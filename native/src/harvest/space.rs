@@ -28,7 +28,7 @@ fn memory(config: &HarvestConfig, taps: &[(TapPoint, usize)], threads: usize) ->
     let sums: u64 = taps.iter().map(|tap| 2 * (tap.1 as u64 + 1) * 8).sum();
     let gathered = threads as u64 * (bucket::GATHERED as u64).max(row);
     let batch = (config.batch as u64).saturating_mul(config.sequence_length as u64).saturating_mul(row);
-    let vectors = config.bucket_vectors.0.min(config.tokens.0).max(config.sequence_length as u64);
+    let vectors = config.bucket_rows().min(config.tokens.0).max(config.sequence_length as u64);
     [
         ("tokens", config.tokens.0.saturating_mul(4)),
         ("bucket_vectors", vectors.saturating_mul(12).saturating_add(gathered + sums)),
@@ -62,7 +62,8 @@ fn fits_memory(parts: &[(&'static str, u64)], free: u64) -> Result<()> {
 /// are sent away, those of one bucket.
 fn needed(partial: &Partial, plans: &[Vec<Bucket>; 2], sent_away: bool) -> u64 {
     let config = &partial.config;
-    let per_shard = usize::try_from(config.shard_vectors.0).unwrap_or(usize::MAX);
+    let values = partial.taps.iter().map(|tap| tap.1).sum();
+    let per_shard = usize::try_from(config.shard_rows(values)).unwrap_or(usize::MAX);
     let (mut shards, mut largest, mut spool) = (0u64, 0u64, 0u64);
     for (plan, half) in plans.iter().zip(&partial.halves) {
         for bucket in plan.iter().skip(half.buckets.len()) {
@@ -110,7 +111,7 @@ mod tests {
     fn memory_does_not_grow_with_taps_and_shards_and_its_largest_part_is_named() {
         let config = HarvestConfig {
             tokens: Count(100_000_000),
-            shard_vectors: Count(1_000_000),
+            shard_vectors: Some(Count(1_000_000)),
             ..HarvestConfig::default()
         };
         let tap: TapPoint = "resid.0".parse().unwrap();
@@ -123,8 +124,11 @@ mod tests {
         let many = HarvestConfig { tokens: Count(8_000_000_000), ..config.clone() };
         let error = fits_memory(&memory(&many, &[(tap, 3584)], 2), 8 << 30).unwrap_err().to_string();
         assert!(error.contains("`tokens`") && error.contains("8.00 GiB"), "{error}");
-        let large =
-            HarvestConfig { bucket_vectors: Count(1_000_000_000), tokens: Count(1_000_000_000), ..config };
+        let large = HarvestConfig {
+            bucket_vectors: Some(Count(1_000_000_000)),
+            tokens: Count(1_000_000_000),
+            ..config
+        };
         let error = fits_memory(&memory(&large, &[(tap, 3584)], 2), 8 << 30).unwrap_err().to_string();
         assert!(error.contains("`bucket_vectors`"), "{error}");
         fits_memory(&memory(&many, &[(tap, 3584)], 2), 0).unwrap();

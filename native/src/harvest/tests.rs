@@ -107,8 +107,8 @@ impl Place {
             max_document_bytes: Count(400),
             sequence_length: 16,
             batch: 3,
-            bucket_vectors: Count(500),
-            shard_vectors: Count(200),
+            bucket_vectors: Some(Count(500)),
+            shard_vectors: Some(Count(200)),
             ..HarvestConfig::default()
         };
         Self { folder, config }

@@ -5,12 +5,17 @@
 //! one of them in a batch fires every latent its way and fills Adam's second moments with values that take
 //! ten thousand steps to fade. Like BOS, whose norm is as enormous, they are not trained on.
 
+use std::sync::Arc;
+
 use anyhow::{Result, ensure};
 use shared::config::train::Normalise;
 use shared::fold::Scales;
 use shared::{RowScaling, Rows};
 
-use super::source::{ActivationSource, Statistics, Wiring};
+use super::source::{ActivationSource, Statistics, Vectors, Wiring};
+
+/// Rows that a scale, a mean and a median norm are taken from, at least, where there are so many.
+const ENOUGH_ROWS: usize = 4096;
 
 /// How raw vectors of one tap become training rows.
 #[derive(Debug, Clone, PartialEq)]
@@ -24,15 +29,15 @@ pub struct Normalisation {
 }
 
 impl Normalisation {
-    /// Measures the first shard of `source` at `tap`, its vectors scaled by `rows`; those longer, raw, than `max_norm` times the
-    /// median norm are left out. With `max_norm` 0 nothing is, and of vectors not scaled the source's own scale and mean
-    /// are taken.
+    /// Measures `vectors` of `source` at `tap`, scaled by `rows`; those longer, raw, than `max_norm` times the median norm are
+    /// left out. With `max_norm` 0 nothing is, and of vectors not scaled the source's own scale and mean are taken.
     ///
     /// # Errors
-    /// If the shard cannot be read, or holds nothing but zeros.
+    /// If the vectors cannot be read, or are nothing but zeros.
     pub fn measure(
         source: &dyn ActivationSource,
         tap: usize,
+        vectors: impl FnOnce() -> Result<Vectors>,
         max_norm: f64,
         rows: RowScaling,
     ) -> Result<Self> {
@@ -40,15 +45,21 @@ impl Normalisation {
             let Statistics { scale, mean } = source.statistics(tap)?;
             return Ok(Self { scale, mean, limit: f64::INFINITY });
         }
-        let vectors = source.read(0, &[tap])?.remove(0);
+        let vectors = vectors()?;
         let width = source.taps()[tap].width;
-        let mut norms: Vec<f64> = vectors.chunks_exact(width).map(norm).collect();
-        ensure!(!norms.is_empty(), "the first shard holds no vectors");
+        // What is not finite is the guard's to see, and says nothing about scales.
+        let norms = vectors.chunks_exact(width).map(norm);
+        let mut norms: Vec<f64> = norms.filter(|norm| norm.is_finite()).collect();
+        ensure!(!norms.is_empty(), "the first vectors are none, or not finite");
         let middle = norms.len() / 2;
         let median = *norms.select_nth_unstable_by(middle, f64::total_cmp).1;
         let limit = if max_norm > 0.0 { max_norm * median } else { f64::INFINITY };
-        let kept: Vec<f32> =
-            vectors.chunks_exact(width).filter(|row| norm(row) <= limit).flatten().copied().collect();
+        let kept: Vec<f32> = vectors
+            .chunks_exact(width)
+            .filter(|row| norm(row) <= limit.min(f64::MAX))
+            .flatten()
+            .copied()
+            .collect();
         let scaled = rows.scaled(Rows::new(&kept, width)?);
         let Statistics { scale, mean } = Statistics::of(&scaled, width, |_| true)?;
         // Standardised vectors have one length but for the ε: all taps get the same C, and share the weights.
@@ -95,7 +106,15 @@ impl Scaling {
         normalise: Normalise,
     ) -> Result<Self> {
         let rows = row_scaling(normalise);
-        let measure = |tap: &usize| Normalisation::measure(source, *tap, max_norm, rows);
+        let taps = wiring.taps();
+        let several = several_shards(source, &taps)?;
+        let measure = |tap: &usize| {
+            let vectors = || match (&several, taps.iter().position(|other| other == tap)) {
+                (Some(several), Some(at)) => Ok(Arc::clone(&several[at])),
+                _ => Ok(source.read(0, &[*tap])?.remove(0)),
+            };
+            Normalisation::measure(source, *tap, vectors, max_norm, rows)
+        };
         Ok(Self {
             rows,
             inputs: wiring.inputs.iter().map(measure).collect::<Result<_>>()?,
@@ -145,6 +164,26 @@ impl Scaling {
     fn outputs(&self) -> &[Normalisation] {
         self.target.as_ref().map_or(&self.inputs, std::slice::from_ref)
     }
+}
+
+/// Where the first shard has too few rows to tell scales from, those of so many shards that there are enough, at each of
+/// `taps`.
+fn several_shards(source: &dyn ActivationSource, taps: &[usize]) -> Result<Option<Vec<Vectors>>> {
+    let Some(&first) = taps.first() else { return Ok(None) };
+    let width = source.taps()[first].width;
+    if source.n_shards() < 2 || source.read(0, &[first])?[0].len() >= ENOUGH_ROWS * width {
+        return Ok(None);
+    }
+    let mut all: Vec<Vec<f32>> = vec![Vec::new(); taps.len()];
+    for shard in 0..source.n_shards() {
+        for (all, vectors) in all.iter_mut().zip(source.read(shard, taps)?) {
+            all.extend(vectors.iter());
+        }
+        if all[0].len() >= ENOUGH_ROWS * width {
+            break;
+        }
+    }
+    Ok(Some(all.into_iter().map(Arc::new).collect()))
 }
 
 /// What a configuration means by `normalise`.

@@ -91,10 +91,14 @@ pub struct HarvestConfig {
     pub drop_positions: Vec<i64>,
     /// The number type of the stored vectors.
     pub dtype: StoreDtype,
-    /// Vectors shuffled together.
-    pub bucket_vectors: Count,
-    /// The most vectors in one shard file.
-    pub shard_vectors: Count,
+    /// Vectors shuffled together. Unless set, a million; straight into training, where a bucket is held in memory, fewer if it
+    /// would hold more than 2.5 GiB over all taps.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bucket_vectors: Option<Count>,
+    /// The most vectors in one shard file. Unless set, such that training, which holds two shards of all its taps, needs at most
+    /// 256 MiB for one: a power of two up to 65,536, and at least 1,024.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shard_vectors: Option<Count>,
     /// Decides the order of files and sequences, what is held out, and every shuffle.
     pub seed: u64,
     /// Where token sequences are kept for the next harvest: a folder, `auto` (the user's cache) or `none`. It changes no byte
@@ -126,8 +130,8 @@ impl Default for HarvestConfig {
             drop_tokens: vec![SPECIAL.to_owned()],
             drop_positions: vec![0],
             dtype: StoreDtype::F32,
-            bucket_vectors: Count(1_000_000),
-            shard_vectors: Count(65_536),
+            bucket_vectors: None,
+            shard_vectors: None,
             seed: 0,
             token_cache: None,
         }
@@ -136,6 +140,21 @@ impl Default for HarvestConfig {
 
 /// The class of tokens that stand for structure, in [`HarvestConfig::drop_tokens`].
 pub const SPECIAL: &str = "special";
+/// Vectors of a bucket, and the most of a shard, unless set.
+const BUCKET_ROWS: u64 = 1_000_000;
+const SHARD_ROWS: u64 = 65_536;
+/// The fewest: what is shuffled together, and read at once, should be many sequences.
+const FEWEST_ROWS: u64 = 1024;
+/// What all taps of a bucket in memory, and of a shard, may take in f32.
+const BUCKET_BYTES: u64 = 5 << 29;
+const SHARD_BYTES: u64 = 256 << 20;
+
+/// `most`, or where so many rows of `values` f32 values take more than `bytes`, the largest power of two that does not.
+fn rows_within(bytes: u64, values: usize, most: u64) -> u64 {
+    let fit = (bytes / (4 * values.max(1) as u64)).max(FEWEST_ROWS);
+    if fit >= most { most } else { 1 << fit.ilog2() }
+}
+
 /// The longest sequence, largest batch and most interleaved files that are taken seriously.
 const MOST: usize = 1 << 20;
 
@@ -173,10 +192,14 @@ impl HarvestConfig {
             1 << 30,
         )?;
         positive("tokens", self.tokens)?;
-        positive("bucket_vectors", self.bucket_vectors)?;
-        positive("shard_vectors", self.shard_vectors)?;
-        if self.bucket_vectors.0 > u64::from(u32::MAX) {
-            return Err(ConfigError::value("bucket_vectors", self.bucket_vectors, "below 2^32"));
+        if let Some(bucket_vectors) = self.bucket_vectors {
+            positive("bucket_vectors", bucket_vectors)?;
+            if bucket_vectors.0 > u64::from(u32::MAX) {
+                return Err(ConfigError::value("bucket_vectors", bucket_vectors, "below 2^32"));
+            }
+        }
+        if let Some(shard_vectors) = self.shard_vectors {
+            positive("shard_vectors", shard_vectors)?;
         }
         if self.held_out.of(self.tokens.0) >= self.tokens.0 {
             let expected = format!("less than tokens = {}", self.tokens);
@@ -200,6 +223,34 @@ impl HarvestConfig {
             })?);
         }
         Ok(positions.into_iter().collect())
+    }
+
+    /// Vectors of a bucket on disk.
+    #[must_use]
+    pub fn bucket_rows(&self) -> u64 {
+        self.bucket_vectors.map_or(BUCKET_ROWS, |rows| rows.0)
+    }
+
+    /// Vectors of a bucket in memory, where the taps together have `values` values at a token.
+    #[must_use]
+    pub fn live_bucket_rows(&self, values: usize) -> u64 {
+        self.bucket_vectors.map_or_else(|| rows_within(BUCKET_BYTES, values, BUCKET_ROWS), |rows| rows.0)
+    }
+
+    /// The most vectors of a shard, where the taps together have `values` values at a token.
+    #[must_use]
+    pub fn shard_rows(&self, values: usize) -> u64 {
+        self.shard_vectors.map_or_else(|| rows_within(SHARD_BYTES, values, SHARD_ROWS), |rows| rows.0)
+    }
+
+    /// This with the sizes that were left open as `made` has them: what is already there was made with these.
+    #[must_use]
+    pub fn as_begun(&self, made: &Self) -> Self {
+        Self {
+            bucket_vectors: self.bucket_vectors.or(made.bucket_vectors),
+            shard_vectors: self.shard_vectors.or(made.shard_vectors),
+            ..self.clone()
+        }
     }
 
     /// Whether vectors at special tokens are left out.
@@ -279,6 +330,21 @@ mod tests {
             assert!(error.contains(&format!("`{key}`")), "{line}: {error}");
         }
         assert!(config("").validate().unwrap_err().to_string().contains("`model`"));
+    }
+
+    #[test]
+    fn shards_and_live_buckets_shrink_with_what_a_token_takes() {
+        let open = HarvestConfig::default();
+        // One tap of a small model; 30 of 576 and 126 of 3584 values.
+        let sizes = [576, 2304, 30 * 576, 126 * 3584];
+        assert_eq!(sizes.map(|values| open.shard_rows(values)), [65_536, 16_384, 2048, 1024]);
+        assert_eq!(sizes.map(|values| open.live_bucket_rows(values)), [1_000_000, 262_144, 32_768, 1024]);
+        let said = config("shard_vectors = '3k'\nbucket_vectors = '5k'");
+        assert_eq!(
+            [said.shard_rows(1 << 20), said.live_bucket_rows(1 << 20), said.bucket_rows()],
+            [3000, 5000, 5000]
+        );
+        assert_eq!((open.as_begun(&said), said.as_begun(&open)), (said.clone(), said));
     }
 
     #[test]
