@@ -312,6 +312,7 @@ fn manifest(sae: &Sae, corpus: &Corpus, files: &BTreeMap<String, Vec<u8>>) -> Re
         metrics: Some(metrics),
         latents_per_shard: LATENTS_PER_SHARD,
         n_shards: N_LATENTS.div_ceil(LATENTS_PER_SHARD),
+        flow: None,
         density_histogram: density.log10_histogram(-7, 4).into(),
         files: files.iter().map(|(path, bytes)| (path.clone(), FileEntry::of(bytes))).collect(),
         provenance: serde_json::json!({"made_by": "the conformance crate", "weights": "random"}),

@@ -178,6 +178,7 @@ pub(super) fn manifest(
         metrics: source.eval.map(super::EvalReport::metrics),
         latents_per_shard: options.latents_per_shard,
         n_shards,
+        flow: None,
         density_histogram,
         files: BTreeMap::new(),
         provenance,

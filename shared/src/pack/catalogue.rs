@@ -31,6 +31,9 @@ pub struct PackEntry {
     pub site: Site,
     /// The manifest's `sae.layer`.
     pub layer: usize,
+    /// Number of layers of a multi-layer autoencoder; absent for others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layers: Option<usize>,
     /// The manifest's `sae.n_latents`.
     pub n_latents: usize,
     /// The manifest's `model.name`.
@@ -47,6 +50,7 @@ impl PackEntry {
             title: manifest.title.clone(),
             site: manifest.sae.site,
             layer: manifest.sae.layer,
+            layers: manifest.flow.as_ref().map(|flow| flow.layers.len()),
             n_latents: manifest.sae.n_latents,
             model: manifest.model.name.clone(),
         }

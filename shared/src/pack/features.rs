@@ -290,13 +290,14 @@ fn read_examples(reader: &Reader<'_>, file: &str, n: usize) -> Result<Vec<Vec<Ex
 }
 
 /// Offsets start at 0, never fall, and end at `total`.
-fn check_offsets(file: &str, name: &str, offsets: &[u32], total: usize) -> Result<(), PackError> {
+pub(super) fn check_offsets(file: &str, name: &str, offsets: &[u32], total: usize) -> Result<(), PackError> {
     let ends = offsets.first() == Some(&0) && offsets.last().is_some_and(|&l| l as usize == total);
     let holds = ends && offsets.windows(2).all(|w| w[0] <= w[1]);
     check(holds, file, name, format!("0 = first ≤ … ≤ last = {total}"), "other offsets")
 }
 
-fn offsets(file: &str, lengths: impl Iterator<Item = usize>) -> Result<Vec<u32>, PackError> {
+/// Where each of these lengths begins, and where the last ends.
+pub(super) fn offsets(file: &str, lengths: impl Iterator<Item = usize>) -> Result<Vec<u32>, PackError> {
     let mut out = vec![0u32];
     let mut sum = 0usize;
     for length in lengths {

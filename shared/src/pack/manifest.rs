@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::error::{PackError, check};
+use super::flow::FlowInfo;
 use super::{FORMAT, MANIFEST, MAX_LATENTS, MAX_WIDTH, VERSION};
 use crate::metrics::Log10Histogram;
 use crate::row_scaling::RowScaling;
@@ -38,6 +39,9 @@ pub struct Manifest {
     pub latents_per_shard: usize,
     /// Number of feature shards.
     pub n_shards: usize,
+    /// Texts across layers; only for an autoencoder of several layers, whose first is then in `sae`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub flow: Option<FlowInfo>,
     /// Firing densities of all latents.
     pub density_histogram: DensityHistogram,
     /// Every other file of the pack, by path.
@@ -261,7 +265,11 @@ impl Manifest {
         let shards = n_latents.div_ceil(per_shard);
         is(self.n_shards == shards, "n_shards", shards.to_string(), &self.n_shards)?;
         self.validate_histogram()?;
-        self.validate_files()
+        self.validate_files()?;
+        match &self.flow {
+            Some(flow) => flow.validate(self.model.n_layers, n_latents, &self.files),
+            None => Ok(()),
+        }
     }
 
     fn validate_histogram(&self) -> Result<(), PackError> {
@@ -337,6 +345,7 @@ pub(super) mod tests {
             metrics: Some(Metrics { l0: Some(3.0), ..Metrics::default() }),
             latents_per_shard: 8,
             n_shards: 3,
+            flow: None,
             density_histogram: DensityHistogram {
                 log10_edges: vec![-3.0, -2.0, -1.0, 0.0],
                 counts: vec![1, 5, 9],
@@ -350,7 +359,13 @@ pub(super) mod tests {
     fn round_trip() {
         let manifest = manifest();
         assert_eq!(Manifest::read(&manifest.write().unwrap()).unwrap(), manifest);
-        assert!(!String::from_utf8(manifest.write().unwrap()).unwrap().contains("rows"));
+        let written = String::from_utf8(manifest.write().unwrap()).unwrap();
+        assert!(!written.contains("rows") && !written.contains("flow"));
+        let mut layers = manifest.clone();
+        layers.flow = Some(super::super::flow::tests::info(&mut layers.files));
+        assert_eq!(Manifest::read(&layers.write().unwrap()).unwrap(), layers);
+        layers.files.remove(super::super::flow::FLOW);
+        assert!(layers.write().is_err(), "a section without its files");
         for rows in [RowScaling::LAYER_NORM, RowScaling::Norm] {
             let mut scaled = manifest.clone();
             scaled.sae.rows = rows;

@@ -7,11 +7,13 @@
 //!
 //! - [`manifest`]: `pack.json`; [`weights`]: encoder and decoder; [`index`]: one row a latent for lists;
 //! - [`features`]: shards of what each latent responds to; [`texts`]: bundled texts with activations;
+//! - [`flow`]: texts across the layers of a multi-layer autoencoder;
 //! - [`catalogue`]: `packs/index.json` of a site that holds several packs.
 
 pub mod catalogue;
 mod error;
 pub mod features;
+pub mod flow;
 pub mod index;
 pub mod manifest;
 mod tensors;

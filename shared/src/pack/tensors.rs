@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use half::f16;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
 
 use super::error::{PackError, check};
@@ -39,6 +40,7 @@ macro_rules! element {
     };
 }
 element!(f32, Dtype::F32, f32::is_finite);
+element!(f16, Dtype::F16, f16::is_finite);
 element!(u32, Dtype::U32, |_| true);
 element!(u16, Dtype::U16, |_| true);
 element!(u8, Dtype::U8, |_| true);
