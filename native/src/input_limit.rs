@@ -24,7 +24,12 @@ impl InputLimit {
     /// The limit recorded with an autoencoder; one from elsewhere has none.
     #[must_use]
     pub fn of(file: &SaeFile) -> Self {
-        let recorded = file.metadata.provenance.get(PROVENANCE_KEY).and_then(serde_json::Value::as_f64);
+        Self::new(file.metadata.provenance.get(PROVENANCE_KEY).and_then(serde_json::Value::as_f64))
+    }
+
+    /// A recorded limit; what is not positive is none.
+    #[must_use]
+    pub fn new(recorded: Option<f64>) -> Self {
         recorded.filter(|limit| *limit > 0.0).map_or(Self::NONE, Self)
     }
 

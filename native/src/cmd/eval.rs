@@ -9,10 +9,13 @@ use shared::Precision;
 use shared::config::Count;
 
 use crate::evaluate::compare::{self, Named};
+use crate::evaluate::layers;
 use crate::evaluate::{self, EvalReport, Options, plot, report};
 use crate::stop::StopFlag;
 use crate::store::Store;
 use crate::{files, model, sae_files};
+
+mod by_layer;
 
 /// Arguments of `eval`.
 #[derive(Debug, clap::Args)]
@@ -25,9 +28,15 @@ A transcoder is measured on, and put in the place of, the tap it reconstructs.
 Of several autoencoders each gets a folder in --out, named by the last part of its path; compare.md and pareto.svg show all. \
 Those whose names differ only in a number at the end (topk-20, topk-40) are one line of the plot.
 
+With --layers, a multi-layer autoencoder is measured at every layer it was trained on, and its latents across layers: layers.json, \
+layers.md, layer_use.safetensors (summed activations and counts, latents x layers), and plots of latents over layers (latents.svg; \
+prompt.svg for one text), of their spread (spread.svg), of neighbouring layers (cosine.svg) and of figures by layer (layers.svg). \
+Autoencoders of one layer may stand beside them as controls: those whose names differ only in a number at the end are a line of layers.svg.
+
 Examples:
   stratascope eval --sae runs/a --store store --model SmolLM2.gguf --out runs/a/eval
-  stratascope eval --sae runs/* --store store --model SmolLM2.gguf --out evals")]
+  stratascope eval --sae runs/* --store store --model SmolLM2.gguf --out evals
+  stratascope eval --layers --sae runs/mlsae-topk runs/mlsae-jumprelu runs/single-* --store store --model SmolLM2.gguf --out evals")]
 pub(crate) struct Args {
     /// The autoencoder: a folder or file of any format that can be read. Several are measured together, which costs one
     /// reading of the store and one run of the untouched model, and compared.
@@ -51,7 +60,13 @@ pub(crate) struct Args {
     /// Folder for the results.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Print eval.json to standard output instead of the table.
+    /// Measure multi-layer autoencoders layer by layer, and their latents across layers.
+    #[arg(long)]
+    layers: bool,
+    /// The text whose latents prompt.svg shows.
+    #[arg(long, value_name = "TEXT", default_value = layers::prompt::PUBLISHED, requires = "layers")]
+    prompt: String,
+    /// Print eval.json (with --layers, layers.json) to standard output instead of the table.
     #[arg(long)]
     json: bool,
 }
@@ -59,7 +74,8 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<()> {
     let names = names(&args.sae)?;
     let read = |path: &PathBuf| {
-        sae_files::read(path).with_context(|| format!("cannot read the autoencoder {}", path.display()))
+        let file = if args.layers { sae_files::read_whole(path) } else { sae_files::read(path) };
+        file.with_context(|| format!("cannot read the autoencoder {}", path.display()))
     };
     let files = args.sae.iter().map(read).collect::<Result<Vec<_>>>()?;
     let store = Store::open(&args.store).context("cannot open the store")?;
@@ -68,12 +84,15 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let model = model.context("cannot load the language model")?;
     let options = Options { sequences: args.sequences, density_tokens: args.density_tokens.0 };
     let stop = StopFlag::from_signals()?;
+    if args.layers {
+        return by_layer::run(args, names, &files, &store, model.as_ref(), &options, &stop);
+    }
     let reports = evaluate::evaluate_all(&files, &store, model.as_ref(), &options, &stop)?;
     let mut out = std::io::stdout().lock();
     if let ([_], [report]) = (&names[..], &reports[..]) {
         write_one(report, &args.out)?;
         if args.json {
-            return Ok(out.write_all(&json(report)?)?);
+            return Ok(out.write_all(&pretty(report)?)?);
         }
         return Ok(out.write_all(report::markdown(report).as_bytes())?);
     }
@@ -109,7 +128,7 @@ fn names(paths: &[PathBuf]) -> Result<Vec<String>> {
     Ok(names)
 }
 
-fn json(report: &EvalReport) -> Result<Vec<u8>> {
+fn pretty(report: &impl serde::Serialize) -> Result<Vec<u8>> {
     let mut json = serde_json::to_vec_pretty(report)?;
     json.push(b'\n');
     Ok(json)
@@ -121,7 +140,7 @@ fn write_one(report: &EvalReport, folder: &Path) -> Result<()> {
     let svg = plot::density_svg(&title, &measured.density_histogram, measured.dead_share)?;
     files::write_bytes(&folder.join("density.svg"), svg.as_bytes())?;
     files::write_bytes(&folder.join("eval.md"), report::markdown(report).as_bytes())?;
-    files::write_bytes(&folder.join("eval.json"), &json(report)?)
+    files::write_bytes(&folder.join("eval.json"), &pretty(report)?)
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use super::report::{optional, percent};
 
 const PANEL: (u32, u32) = (560, 440);
 /// Wong's colours for the colour-blind (Nature Methods 8, 441), without yellow, which is lost on white.
-const COLOURS: [RGBColor; 7] = [
+pub(super) const COLOURS: [RGBColor; 7] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
     RGBColor(0, 158, 115),

@@ -5,7 +5,7 @@ use plotters::prelude::*;
 use shared::pack::DensityHistogram;
 
 const SIZE: (u32, u32) = (760, 420);
-const BAR: RGBColor = RGBColor(47, 111, 183);
+pub(super) const BAR: RGBColor = RGBColor(47, 111, 183);
 pub(super) const INK: RGBColor = RGBColor(51, 51, 51);
 pub(super) const GRID: RGBColor = RGBColor(225, 225, 225);
 

@@ -75,7 +75,7 @@ impl<'a> SpliceMeter<'a> {
     /// If the model refuses the tokens, or tap and autoencoder do not fit.
     pub fn add(&mut self, ids: &[u32], length: usize, kept: &[bool]) -> Result<()> {
         let tokens = TokenBatch::new(ids, length)?;
-        let mut seen = Untouched::of(self.subjects.iter().map(|(subject, _)| *subject));
+        let mut seen = Untouched::new(self.subjects.iter().map(|(subject, _)| subject.input));
         let clean = self.model.forward_nll(tokens, &mut seen)?;
         let mut without: Vec<(TapPoint, Vec<bool>, Vec<f32>)> = Vec::new();
         for (subject, totals) in &mut self.subjects {
@@ -116,7 +116,7 @@ impl<'a> SpliceMeter<'a> {
 
 /// The tap that holds the residual stream a block reads, and the block, from which on everything at `point` can be run
 /// again; none for the embedding, which is the beginning.
-fn start(point: TapPoint) -> Option<(TapPoint, usize)> {
+pub(super) fn start(point: TapPoint) -> Option<(TapPoint, usize)> {
     match (point.site, point.layer) {
         (Site::Embed, _) => None,
         (_, 0) => Some((TapPoint::new(Site::Embed, 0), 0)),
@@ -125,15 +125,16 @@ fn start(point: TapPoint) -> Option<(TapPoint, usize)> {
 }
 
 /// Values of the untouched model: the inputs of autoencoders, and where to go on from.
-struct Untouched(BTreeMap<TapPoint, (usize, Vec<f32>)>);
+pub(super) struct Untouched(BTreeMap<TapPoint, (usize, Vec<f32>)>);
 
 impl Untouched {
-    fn of<'s>(subjects: impl Iterator<Item = &'s Subject>) -> Self {
-        let points = subjects.flat_map(|s| [Some(s.input), start(s.input).map(|(before, _)| before)]);
+    /// To be seen at `points`.
+    pub(super) fn new(points: impl Iterator<Item = TapPoint>) -> Self {
+        let points = points.flat_map(|point| [Some(point), start(point).map(|(before, _)| before)]);
         Self(points.flatten().map(|point| (point, (0, Vec::new()))).collect())
     }
 
-    fn value(&self, point: TapPoint) -> Result<Rows<'_>> {
+    pub(super) fn value(&self, point: TapPoint) -> Result<Rows<'_>> {
         match self.0.get(&point) {
             Some((width, rows)) if *width > 0 => Ok(Rows::new(rows, *width)?),
             _ => bail!("the model has no tap {point}, so nothing could be spliced"),
@@ -153,11 +154,11 @@ impl Tap for Untouched {
 }
 
 /// Puts rows, or zeros, in the place of what is at `point`, except at kept positions.
-struct Written<'k> {
-    point: TapPoint,
+pub(super) struct Written<'k> {
+    pub(super) point: TapPoint,
     /// One a position that is not kept.
-    rows: Option<Vec<f32>>,
-    kept: &'k [bool],
+    pub(super) rows: Option<Vec<f32>>,
+    pub(super) kept: &'k [bool],
 }
 
 impl Tap for Written<'_> {
@@ -173,7 +174,7 @@ impl Tap for Written<'_> {
 }
 
 /// Which predictions are compared, `[batch, length − 1]`: from a replaced position to a replaced position.
-fn counted(kept: &[bool], length: usize) -> Vec<bool> {
+pub(super) fn counted(kept: &[bool], length: usize) -> Vec<bool> {
     kept.chunks(length.max(1)).flat_map(|s| s.windows(2).map(|w| !w[0] && !w[1])).collect()
 }
 
@@ -228,10 +229,8 @@ impl Totals {
             bail!("no predictions to compare: give more held-out sequences");
         }
         #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^53")]
-        let (n, sequences) = (self.n as f64, self.differences.len() as f64);
+        let n = self.n as f64;
         let (clean, spliced, zero) = (self.clean / n, self.spliced / n, self.zero / n);
-        let mean = self.differences.iter().sum::<f64>() / sequences;
-        let squares: f64 = self.differences.iter().map(|d| (d - mean).powi(2)).sum();
         Ok(SpliceReport {
             n_sequences: self.differences.len(),
             n_predictions: self.n,
@@ -240,10 +239,19 @@ impl Totals {
             ce_spliced: spliced,
             ce_zero: zero,
             delta_loss: spliced - clean,
-            delta_loss_error: (sequences > 1.0).then(|| (squares / (sequences - 1.0) / sequences).sqrt()),
+            delta_loss_error: standard_error(&self.differences),
             loss_recovered: (zero > clean).then(|| (zero - spliced) / (zero - clean)),
         })
     }
+}
+
+/// The standard error of the mean of `values`; `None` for fewer than two.
+pub(super) fn standard_error(values: &[f64]) -> Option<f64> {
+    #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^53")]
+    let n = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / n;
+    let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
+    (n > 1.0).then(|| (squares / (n - 1.0) / n).sqrt())
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use crate::{Rows, ShapeError};
 
 use super::candle::CandleOps;
 use super::ops::{Affine, Heads, Ops, QkNorm};
-use super::tokens::token_nll;
+use super::tokens::{kl, token_nll};
 use super::{LmError, NoTap, NormKind, Spec, Tap, TapAction, TokenBatch, Until};
 
 /// Logits held at once while losses are taken.
@@ -121,15 +121,60 @@ impl<O: Ops> Decoder<O> {
         first: usize,
         tap: &mut dyn Tap,
     ) -> Result<Vec<f32>, LmError> {
+        let h = self.upload_residual(tokens, residual)?;
+        let h = self.run_blocks(tokens.seq(), h, first..self.spec.n_layers, tap)?;
+        self.losses(tokens, &h)
+    }
+
+    /// As [`Decoder::forward_nll_from`], and beside the losses `KL(untouched ‖ this)` of each of the same predictions,
+    /// `[batch, seq − 1]` in nats. `untouched` is the last block's residual stream of the other model, `[batch · seq, d_model]`.
+    ///
+    /// # Errors
+    /// As [`Decoder::forward_nll_from`].
+    pub fn forward_kl_from(
+        &self,
+        tokens: TokenBatch<'_>,
+        residual: Rows<'_>,
+        first: usize,
+        tap: &mut dyn Tap,
+        untouched: Rows<'_>,
+    ) -> Result<(Vec<f32>, Vec<f32>), LmError> {
+        let h = self.upload_residual(tokens, residual)?;
+        let h = self.run_blocks(tokens.seq(), h, first..self.spec.n_layers, tap)?;
+        let untouched = self.norm(&self.upload_residual(tokens, untouched)?, &self.final_norm)?;
+        let (ids, seq, softcap) = (tokens.ids(), tokens.seq(), self.spec.final_softcap);
+        let n_predictions = tokens.batch() * (seq - 1);
+        let (mut losses, mut divergences) =
+            (Vec::with_capacity(n_predictions), Vec::with_capacity(n_predictions));
+        let changed = self.norm(&h, &self.final_norm)?;
+        let step = self.rows_at_once();
+        for first in (0..tokens.n_tokens()).step_by(step) {
+            let end = (first + step).min(tokens.n_tokens());
+            let [p, q] = [&untouched, &changed].map(|x| self.logits(x, first, end, softcap));
+            let (p, q) = (p?, q?);
+            self.ops.read(&p, |p| {
+                self.ops.read(&q, |q| {
+                    for (i, (p, q)) in (first..end).zip(p.iter().zip(q.iter())) {
+                        if (i + 1) % seq != 0 {
+                            losses.push(token_nll(q, ids[i + 1]));
+                            divergences.push(kl(p, q));
+                        }
+                    }
+                    Ok(())
+                })
+            })?;
+        }
+        Ok((losses, divergences))
+    }
+
+    fn upload_residual(&self, tokens: TokenBatch<'_>, residual: Rows<'_>) -> Result<O::Rows, LmError> {
         residual.expect_width("residual", self.spec.d_model)?;
         let (expected, found) = (tokens.n_tokens(), residual.n_rows());
         if expected != found {
             let shape = vec![expected];
             return Err(ShapeError::Length { name: "residual", shape, expected, found }.into());
         }
-        let h = self.ops.upload(residual.data().to_vec(), self.spec.d_model)?;
-        let h = self.run_blocks(tokens.seq(), h, first..self.spec.n_layers, tap)?;
-        self.losses(tokens, &h)
+        self.ops.upload(residual.data().to_vec(), self.spec.d_model)
     }
 
     /// Next-token losses of the last block's residual stream.
@@ -348,16 +393,31 @@ impl<O: Ops> Decoder<O> {
         softcap: Option<f32>,
         mut see: impl FnMut(usize, Rows<'_>),
     ) -> Result<(), LmError> {
-        let unembedding = self.unembedding.as_ref().unwrap_or(&self.embedding);
-        let step = (LOGITS_AT_ONCE / self.spec.vocab_size).max(1);
+        let step = self.rows_at_once();
         for first in (0..n_rows).step_by(step) {
-            let rows = self.ops.slice(x, first, (first + step).min(n_rows))?;
-            let logits = self.ops.logits(&rows, unembedding, softcap)?;
+            let logits = self.logits(x, first, (first + step).min(n_rows), softcap)?;
             self.ops.read(&logits, |rows| {
                 see(first, rows);
                 Ok(())
             })?;
         }
         Ok(())
+    }
+
+    /// Rows whose logits are held at once.
+    fn rows_at_once(&self) -> usize {
+        (LOGITS_AT_ONCE / self.spec.vocab_size).max(1)
+    }
+
+    /// Logits of rows `first..end` of `x`.
+    fn logits(
+        &self,
+        x: &O::Rows,
+        first: usize,
+        end: usize,
+        softcap: Option<f32>,
+    ) -> Result<O::Rows, LmError> {
+        let unembedding = self.unembedding.as_ref().unwrap_or(&self.embedding);
+        self.ops.logits(&self.ops.slice(x, first, end)?, unembedding, softcap)
     }
 }

@@ -73,6 +73,30 @@ pub fn nll(logits: &[f32], vocab: usize, tokens: TokenBatch<'_>) -> Vec<f32> {
 
 /// −log softmax(`row`)`[next]` in nats, summed in f64.
 pub(crate) fn token_nll(row: &[f32], next: u32) -> f32 {
+    (log_sum_exp(row) - f64::from(row[next as usize])) as f32
+}
+
+/// `KL(softmax(p) ‖ softmax(q))` in nats of two rows of logits of one length, summed in f64.
+pub(crate) fn kl(p: &[f32], q: &[f32]) -> f32 {
+    let (p_total, q_total) = (log_sum_exp(p), log_sum_exp(q));
+    // Σ pᵢ (log pᵢ − log qᵢ), with log pᵢ = logit − log-sum-exp.
+    let mut sums = [0f64; 8];
+    let term = |p: f32, q: f32| {
+        let log_p = f64::from(p) - p_total;
+        f64::from(super::math::exp(log_p as f32)) * (log_p - (f64::from(q) - q_total))
+    };
+    let ((p_chunks, p_rest), (q_chunks, q_rest)) = (p.as_chunks::<8>(), q.as_chunks::<8>());
+    for (p, q) in p_chunks.iter().zip(q_chunks) {
+        for ((sum, &p), &q) in sums.iter_mut().zip(p).zip(q) {
+            *sum += term(p, q);
+        }
+    }
+    let rest: f64 = p_rest.iter().zip(q_rest).map(|(&p, &q)| term(p, q)).sum();
+    (sums.iter().sum::<f64>() + rest) as f32
+}
+
+/// log Σ exp of a row of logits, summed in f64.
+fn log_sum_exp(row: &[f32]) -> f64 {
     let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     // Differences are taken in f64 but exponentiated in f32 lanes of eight partial sums: an error of 1 ulp a term
     // averages out, and the sum itself is f64.
@@ -86,7 +110,5 @@ pub(crate) fn token_nll(row: &[f32], next: u32) -> f32 {
     for &logit in rest {
         sums[0] += f64::from(super::math::exp(logit - largest));
     }
-    let total: f64 = sums.iter().sum();
-    let target = row[next as usize];
-    (f64::from(largest) + total.ln() - f64::from(target)) as f32
+    f64::from(largest) + sums.iter().sum::<f64>().ln()
 }

@@ -127,6 +127,18 @@ impl LayerUse {
         ratio((0..self.n_latents()).map(|latent| self.counts(latent)[layer]).sum(), self.n_rows)
     }
 
+    /// How much two layers share their latents over all tokens: `Σ_j min(q_l(j), q_m(j))` of the shares `q` that latents have of
+    /// a layer's activation; 1 for the same use, 0 for none in common, `None` where one of them has none.
+    #[must_use]
+    pub fn shared_use(&self, l: usize, m: usize) -> Option<f64> {
+        let sums = self.overall();
+        let both = (0..self.n_latents()).map(|latent| {
+            let totals = self.totals(latent);
+            (totals[l] / sums[l]).min(totals[m] / sums[m])
+        });
+        (sums[l] > 0.0 && sums[m] > 0.0).then(|| both.sum())
+    }
+
     /// Summed activation of all latents at each layer, `[L]`.
     #[must_use]
     pub fn overall(&self) -> Vec<f64> {
@@ -217,6 +229,9 @@ pub(super) mod tests {
         assert_eq!((layer_use.dead(None), layer_use.dead(Some(2))), (Some(1.0 / 3.0), Some(2.0 / 3.0)));
         assert_eq!((layer_use.l0(0), layer_use.l0(2)), (Some(1.0), Some(0.5)));
         assert_eq!(layer_use.overall(), [2.0, 8.0, 2.0]);
+        assert_eq!(layer_use.shared_use(0, 1), Some(0.75));
+        assert_eq!(layer_use.shared_use(1, 2), Some(0.25));
+        assert_eq!(LayerUse::new(3, 2).shared_use(0, 1), None);
     }
 
     #[test]

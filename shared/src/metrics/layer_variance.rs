@@ -6,6 +6,8 @@
 //! program computes, for comparison: means over all pairs, inactive ones included, whose distributions then do not sum to 1, batch by
 //! batch.
 
+use serde::{Deserialize, Serialize};
+
 use super::layer_use::{LayerUse, check_layers, variance};
 use crate::codes::Codes;
 use crate::error::ShapeError;
@@ -24,7 +26,8 @@ pub struct LayerVariance {
 }
 
 /// A decomposition of the variance of the layer.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Decomposition {
     /// Var(L).
     pub total: f64,

@@ -3,6 +3,7 @@
 //! One file a metric. All sums are f64 or integers, so the result does not drift with the number of
 //! batches, and integer metrics do not depend on how rows were batched at all.
 
+pub mod adjacent;
 pub mod dead;
 pub mod density;
 pub mod fvu;
@@ -10,6 +11,7 @@ pub mod l0;
 pub mod layer_use;
 pub mod layer_variance;
 
+pub use adjacent::{LayerCosine, LayerOverlap};
 pub use dead::Dead;
 pub use density::{Density, Log10Histogram};
 pub use fvu::Fvu;

@@ -1,0 +1,143 @@
+//! A multi-layer evaluation for people: `layers.md`, and the table that compares several.
+
+use std::fmt::Write;
+
+use super::super::report::{optional, percent};
+use super::{LayerReport, LayersReport};
+
+/// The report as Markdown.
+#[must_use]
+pub fn markdown(report: &LayersReport) -> String {
+    let (n, spread) = (report.layers.len(), &report.spread);
+    let mut out = format!("# {}, {n} layers ({} latents)\n\n", report.model, report.n_latents);
+    let mut rows = vec![
+        (
+            "L0",
+            format!("{:.2}", mean(report, |layer| Some(layer.l0))),
+            format!("mean over layers, {} held-out tokens", report.n_tokens),
+        ),
+        ("FVU", format!("{:.4}", mean(report, |layer| layer.fvu)), "mean over layers".to_owned()),
+        ("dead latents", percent(spread.dead_share), "never active at any layer".to_owned()),
+        (
+            "MMCS",
+            format!("{:.4}", report.mmcs),
+            "mean of the largest cosine with another latent's direction".to_owned(),
+        ),
+        (
+            "layers a latent",
+            format!("{:.2}", spread.layers_by_count),
+            format!(
+                "active there on at least one token in a thousand; {:.2} hold at least 1 % of its activation",
+                spread.layers_by_share
+            ),
+        ),
+        (
+            "spread",
+            format!("{:.3}", spread.by_activation.deviation),
+            format!(
+                "mean standard deviation of the layer: {:.3} of {n} layers",
+                spread.by_activation.relative_deviation
+            ),
+        ),
+        (
+            "entropy",
+            format!("{:.3}", spread.by_activation.entropy),
+            format!(
+                "nats, mean of P(layer \\| latent): {:.3} of the largest",
+                spread.by_activation.relative_entropy
+            ),
+        ),
+    ];
+    if let Some(correlation) = report.cosine_overlap_correlation {
+        let about =
+            "over neighbouring layers, of centred cosine and of latents in common on a token".to_owned();
+        rows.push(("correlation", format!("{correlation:.3}"), about));
+    }
+    out.push_str("| metric | value | of |\n|---|---:|---|\n");
+    for (metric, value, about) in rows {
+        // Writing to a string cannot fail.
+        let _ = writeln!(out, "| {metric} | {value} | {about} |");
+    }
+    out.push_str("\n## Variance of the layer\n\n| | Var(L) | E[Var(L \\| J)] | E[Var(L \\| J, T)] | of latents | on a token |\n|---|---:|---:|---:|---:|---:|\n");
+    for (name, found) in [("weighted by activation", report.weighted), ("as published", report.published)] {
+        if let Some(found) = found {
+            let _ = writeln!(
+                out,
+                "| {name} | {} | {} | {} | {} | {} |",
+                short(found.total),
+                short(found.latent),
+                short(found.token),
+                short(found.latent_ratio),
+                short(found.token_ratio)
+            );
+        }
+    }
+    out.push_str("\nOf latents: E[Var(L \\| J)] / Var(L). On a token: E[Var(L \\| J, T)] / E[Var(L \\| J)], small when a latent is at one layer on a token and at others on other tokens.\n");
+    out.push_str("\n## Layer by layer\n\n| layer | L0 | FVU | dead here | delta loss | KL | cosine with the next | centred | latents in common |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|\n");
+    for (i, layer) in report.layers.iter().enumerate() {
+        let pair = report.pairs.get(i);
+        let _ = writeln!(
+            out,
+            "| {} | {:.1} | {} | {} | {} | {} | {} | {} | {} |",
+            layer.tap,
+            layer.l0,
+            optional(layer.fvu, 4),
+            percent(layer.dead_share),
+            optional(layer.splice.as_ref().map(|splice| splice.delta_loss), 4),
+            optional(layer.splice.as_ref().map(|splice| splice.kl), 4),
+            optional(pair.and_then(|pair| pair.cosine), 3),
+            optional(pair.and_then(|pair| pair.centred_cosine), 3),
+            optional(pair.and_then(|pair| pair.token_overlap), 3),
+        );
+    }
+    let outliers: u64 = report.layers.iter().map(|layer| layer.n_outliers).sum();
+    if outliers > 0 {
+        let all = report.n_tokens * n as u64;
+        let _ = writeln!(
+            out,
+            "\n{outliers} of {all} vectors are longer than what was trained on and are not measured."
+        );
+    }
+    out.push_str("\n![Latents by layer](latents.svg)\n\n![Spread of latents](spread.svg)\n\n![Neighbouring layers](cosine.svg)\n");
+    out
+}
+
+/// A row each.
+#[must_use]
+pub fn compare(all: &[(String, LayersReport)]) -> String {
+    let mut out = String::from(
+        "| autoencoder | latents | L0 | FVU | delta loss | KL | dead | layers a latent | spread | of latents | on a token | MMCS |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n",
+    );
+    for (name, report) in all {
+        let spliced = |value: fn(&LayerReport) -> Option<f64>| {
+            let any = report.layers.iter().any(|layer| value(layer).is_some());
+            optional(any.then(|| mean(report, value)), 4)
+        };
+        let _ = writeln!(
+            out,
+            "| {name} | {} | {:.1} | {:.4} | {} | {} | {} | {:.2} | {:.2} | {} | {} | {:.3} |",
+            report.n_latents,
+            mean(report, |layer| Some(layer.l0)),
+            mean(report, |layer| layer.fvu),
+            spliced(|layer| Some(layer.splice.as_ref()?.delta_loss)),
+            spliced(|layer| Some(layer.splice.as_ref()?.kl)),
+            percent(report.spread.dead_share),
+            report.spread.layers_by_count,
+            report.spread.by_activation.deviation,
+            optional(report.weighted.map(|found| found.latent_ratio), 3),
+            optional(report.weighted.map(|found| found.token_ratio), 4),
+            report.mmcs,
+        );
+    }
+    out + "\nMeans over layers. Of latents: E[Var(L \\| J)] / Var(L); on a token: E[Var(L \\| J, T)] / E[Var(L \\| J)], weighted by activation.\n\n![Layer by layer](layers.svg)\n"
+}
+
+/// The mean over the layers that have the value.
+fn mean(report: &LayersReport, value: impl Fn(&LayerReport) -> Option<f64>) -> f64 {
+    super::mean(report.layers.iter().filter_map(value))
+}
+
+/// Four significant digits.
+fn short(value: f64) -> String {
+    if value != 0.0 && value.abs() < 1e-3 { format!("{value:.3e}") } else { format!("{value:.4}") }
+}
