@@ -3,6 +3,7 @@
 //! This file owns the list of benches; one file holds one bench, `worker` talks to the programs that take turns.
 
 mod harvest;
+mod layers;
 mod quality;
 mod store;
 mod train_step;
@@ -28,6 +29,11 @@ enum Bench {
     /// cores. With --peer-python also Hugging Face transformers on the same tokens, in turn with ours; the last lines are
     /// then `ratio NAME X.XX`, our tokens/s over its. A figure is that of the best round.
     Harvest(harvest::Args),
+    /// Multi-layer autoencoders: one dictionary for every layer, of several kinds, measured layer by layer (configs/layers.toml).
+    ///
+    /// Harvests every layer's residual stream, trains all from one stream, and runs `eval --layers`; takes about an hour on two
+    /// cores and 7 GB of disk.
+    Layers(layers::Args),
     /// FVU and delta loss against L0: seven kinds of autoencoder at four sparsities on one store (configs/pareto.toml).
     ///
     /// Harvests, trains all from one stream, and measures them on held-out text; takes about two hours on two cores. With
@@ -49,6 +55,7 @@ enum Bench {
 pub(crate) fn run(places: &Places, args: &Args) -> Result<()> {
     match &args.bench {
         Bench::Harvest(args) => harvest::run(places, args),
+        Bench::Layers(args) => layers::run(places, args),
         Bench::Quality(args) => quality::run(places, args),
         Bench::Store => store::run(places),
         Bench::TrainStep(args) => train_step::run(places, args),
