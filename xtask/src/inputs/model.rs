@@ -204,7 +204,7 @@ impl Package {
             let what = || format!("cannot read {}", folder.display());
             let entries = fs::read_dir(&folder).with_context(what)?;
             let mut pieces: Vec<PathBuf> =
-                entries.map(|entry| Ok(entry?.path())).collect::<std::io::Result<_>>().with_context(what)?;
+                entries.map(|entry| Ok(entry?.path())).collect::<io::Result<_>>().with_context(what)?;
             pieces.retain(|piece| piece.extension().is_some_and(|e| e.to_string_lossy().starts_with("part")));
             pieces.sort_unstable();
             for piece in pieces {

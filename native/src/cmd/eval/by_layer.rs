@@ -38,7 +38,12 @@ pub(super) fn run(
     for (name, file) in dictionaries {
         let measured = layers::evaluate(file, store, model, options, stop).with_context(|| name.clone())?;
         let folder = if alone { args.out.clone() } else { args.out.join(&name) };
-        write(&measured, file, store, model, &args.prompt, &folder)?;
+        write_figures(&measured, &folder)?;
+        if let Some(model) = model {
+            let on_prompt = layers::prompt_use(file, store, model, &args.prompt)?;
+            let svg = plots::prompt_svg(&format!("“{}”", args.prompt), &on_prompt)?;
+            files::write_bytes(&folder.join("prompt.svg"), svg.as_bytes())?;
+        }
         all.push((name, measured.report));
     }
     let (control_names, control_files): (Vec<String>, Vec<SaeFile>) =
@@ -73,14 +78,7 @@ pub(super) fn run(
     Ok(())
 }
 
-fn write(
-    measured: &Measured,
-    file: &SaeFile,
-    store: &Store,
-    model: Option<&LoadedModel>,
-    prompt: &str,
-    folder: &Path,
-) -> Result<()> {
+fn write_figures(measured: &Measured, folder: &Path) -> Result<()> {
     let Measured { report, layer_use } = measured;
     let title = format!("{}: {} latents over {} layers", report.model, report.n_latents, report.layers.len());
     let svg = |name: &str, svg: String| files::write_bytes(&folder.join(name), svg.as_bytes());
@@ -89,16 +87,8 @@ fn write(
     if report.layers.len() > 1 {
         svg("cosine.svg", plots::cosine_svg(report)?)?;
     }
-    if let Some(model) = model {
-        let on_prompt = layers::prompt_use(file, store, model, prompt)?;
-        svg("prompt.svg", plots::prompt_svg(&format!("“{prompt}”"), &on_prompt)?)?;
-    }
     let shape = [layer_use.n_latents(), layer_use.n_layers()];
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_precision_loss,
-        reason = "sums, for reading elsewhere"
-    )]
+    #[expect(clippy::cast_possible_truncation, clippy::cast_precision_loss, reason = "for reading elsewhere")]
     let (totals, counts): (Vec<f32>, Vec<f32>) = (0..shape[0])
         .flat_map(|latent| layer_use.totals(latent).iter().zip(layer_use.counts(latent)))
         .map(|(&total, &count)| (total as f32, count as f32))
@@ -145,4 +135,42 @@ fn by_layer_svg(all: &[(String, LayersReport)], singles: &[(String, EvalReport)]
 #[expect(clippy::cast_precision_loss, reason = "layers are few")]
 fn place(layer: usize) -> f64 {
     layer as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::evaluate::layers::report::tests::sample;
+    use shared::CodesBuilder;
+    use shared::format::tensors::TensorFile;
+    use shared::metrics::LayerUse;
+
+    fn layer_use() -> LayerUse {
+        let codes = |latent: u32, value: f32| {
+            let mut builder = CodesBuilder::new(3);
+            builder.push(latent, value);
+            builder.end_row().unwrap();
+            builder.finish()
+        };
+        let mut layer_use = LayerUse::new(3, 2);
+        layer_use.update(&[codes(0, 2.0), codes(2, 0.5)]).unwrap();
+        layer_use
+    }
+
+    #[test]
+    fn everything_measured_is_written() {
+        let folder = tempfile::tempdir().unwrap();
+        write_figures(&Measured { report: sample(), layer_use: layer_use() }, folder.path()).unwrap();
+        for name in ["latents.svg", "spread.svg", "cosine.svg", "layers.md"] {
+            assert!(folder.path().join(name).is_file(), "{name}");
+        }
+        let json = std::fs::read(folder.path().join("layers.json")).unwrap();
+        assert_eq!(serde_json::from_slice::<LayersReport>(&json).unwrap(), sample());
+        let tensors = std::fs::read(folder.path().join("layer_use.safetensors")).unwrap();
+        let tensors = TensorFile::open("layer_use", &tensors).unwrap();
+        assert_eq!(tensors.exact("totals", &[3, 2]).unwrap(), [2.0, 0.0, 0.0, 0.0, 0.0, 0.5]);
+        assert_eq!(tensors.exact("counts", &[3, 2]).unwrap(), [1.0, 0.0, 0.0, 0.0, 0.0, 1.0]);
+        let svg = by_layer_svg(&[("a".to_owned(), sample())], &[]).unwrap();
+        assert!(svg.contains("FVU") && svg.contains("L0"));
+    }
 }

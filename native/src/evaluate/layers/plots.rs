@@ -91,11 +91,11 @@ fn raster_svg(title: &str, x_title: &str, columns: &[Vec<f64>], n_layers: usize)
             write!(svg, "<text x=\"{x}\" y=\"{y:.1}\" font-size=\"12\" text-anchor=\"end\">{layer}</text>");
     }
     let (middle, bottom) = (left + width / 2.0, top + height);
-    let _ = write!(
+    let _ = writeln!(
         svg,
         "<rect x=\"{left}\" y=\"{top}\" width=\"{width}\" height=\"{height}\" fill=\"none\" stroke=\"#999\"/>\
          <text x=\"{middle}\" y=\"{}\" font-size=\"13\" text-anchor=\"middle\">{} (darkest: P = {largest:.2})</text>\
-         <text transform=\"translate(16 {}) rotate(-90)\" font-size=\"13\" text-anchor=\"middle\">layer</text></svg>\n",
+         <text transform=\"translate(16 {}) rotate(-90)\" font-size=\"13\" text-anchor=\"middle\">layer</text></svg>",
         bottom + 28.0,
         escape(x_title),
         top + height / 2.0

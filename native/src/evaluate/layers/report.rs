@@ -141,3 +141,85 @@ fn mean(report: &LayersReport, value: impl Fn(&LayerReport) -> Option<f64>) -> f
 fn short(value: f64) -> String {
     if value != 0.0 && value.abs() < 1e-3 { format!("{value:.3e}") } else { format!("{value:.4}") }
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::super::splice::LayerSplice;
+    use super::super::{PairReport, Spread, SpreadMeans};
+    use super::*;
+    use crate::evaluate::Options;
+    use shared::metrics::Decomposition;
+
+    /// Two layers, of which one was spliced.
+    pub(crate) fn sample() -> LayersReport {
+        let layer = |tap: &str, l0: f64, fvu: Option<f64>, delta_loss: Option<f64>| LayerReport {
+            tap: tap.parse().unwrap(),
+            scale: 2.0,
+            n_vectors: 9,
+            n_outliers: u64::from(fvu.is_none()),
+            l0,
+            fvu,
+            dead_share: 0.25,
+            splice: delta_loss.map(|delta_loss| LayerSplice {
+                n_predictions: 8,
+                ce_clean: 3.0,
+                delta_loss,
+                delta_loss_error: None,
+                kl: 0.125,
+            }),
+        };
+        let means =
+            SpreadMeans { deviation: 0.5, relative_deviation: 0.25, entropy: 0.3, relative_entropy: 0.4 };
+        let [total, latent, token] = [0.25, 0.2, 0.0002];
+        LayersReport {
+            version: 1,
+            model: "tiny".to_owned(),
+            d_in: 4,
+            n_latents: 3,
+            options: Options { sequences: 2, density_tokens: 0 },
+            n_tokens: 10,
+            layers: vec![layer("resid.0", 2.0, Some(0.5), Some(0.75)), layer("resid.1", 4.0, None, None)],
+            pairs: vec![PairReport {
+                from: "resid.0".parse().unwrap(),
+                to: "resid.1".parse().unwrap(),
+                cosine: Some(0.9),
+                centred_cosine: Some(0.8),
+                token_overlap: Some(0.7),
+                shared_use: Some(0.6),
+            }],
+            spread: Spread {
+                n_alive: 2,
+                dead_share: 1.0 / 3.0,
+                by_activation: means,
+                by_count: means,
+                layers_by_count: 1.5,
+                layers_by_share: 1.25,
+            },
+            weighted: Some(Decomposition { total, latent, token, latent_ratio: 0.8, token_ratio: 0.001 }),
+            published: None,
+            mmcs: 0.5,
+            cosine_overlap_correlation: None,
+        }
+    }
+
+    #[test]
+    fn every_layer_has_a_row_and_what_is_missing_a_dash() {
+        let text = markdown(&sample());
+        assert!(
+            text.contains("| resid.0 | 2.0 | 0.5000 | 25.00 % | 0.7500 | 0.1250 | 0.900 | 0.800 | 0.700 |"),
+            "{text}"
+        );
+        assert!(text.contains("| resid.1 | 4.0 | – | 25.00 % | – | – | – | – | – |"));
+        assert!(text.contains("| L0 | 3.00 |") && text.contains("| FVU | 0.5000 |"));
+        assert!(text.contains("| weighted by activation | 0.2500 | 0.2000 | 2.000e-4 | 0.8000 | 0.0010 |"));
+        assert!(!text.contains("as published |") && !text.contains("| correlation |"));
+        assert!(text.contains("1 of 20 vectors are longer"));
+        let table = compare(&[("a".to_owned(), sample())]);
+        assert!(
+            table.contains(
+                "| a | 3 | 3.0 | 0.5000 | 0.7500 | 0.1250 | 33.33 % | 1.50 | 0.50 | 0.800 | 0.0010 | 0.500 |"
+            ),
+            "{table}"
+        );
+    }
+}
