@@ -1,5 +1,5 @@
 //! The stages of Stratascope on a machine with files, threads and a clock, in the order data flows:
-//! [`text`] → [`harvest`] → [`store`] → [`train`] → [`evaluate`] → [`features`] → [`site`].
+//! [`text`] → [`harvest`] → [`store`] → [`train`] → [`evaluate`] → [`features`] ([`flow`] for several layers) → [`site`].
 //!
 //! [`hub`] fetches models and texts by id; [`sae_files`] reads and writes autoencoders; [`model`] finds and loads language models; [`cpu`] is the
 //! fast CPU backend; [`doctor`] looks at the machine; [`cli`] and `cmd` are the thin command line over them.
@@ -16,6 +16,7 @@ pub mod doctor;
 pub mod evaluate;
 pub mod features;
 pub mod files;
+pub mod flow;
 pub mod harvest;
 pub mod hub;
 pub mod input_limit;

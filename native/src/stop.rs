@@ -45,6 +45,14 @@ impl StopFlag {
         self.0.store(true, Ordering::Relaxed);
     }
 
+    /// An error when a stop was asked for.
+    ///
+    /// # Errors
+    /// [`Stopped`].
+    pub fn check(&self) -> Result<(), Stopped> {
+        if self.is_raised() { Err(Stopped) } else { Ok(()) }
+    }
+
     /// Whether a stop was asked for.
     #[must_use]
     pub fn is_raised(&self) -> bool {

@@ -22,6 +22,15 @@ pub struct Layer {
     pub max_input_norm: Option<f64>,
 }
 
+impl Layer {
+    /// Raw vectors of this layer in the dictionary's units, `x / c_l`.
+    #[must_use]
+    pub fn in_units(&self, raw: &[f32]) -> Vec<f32> {
+        #[expect(clippy::cast_possible_truncation, reason = "vectors are f32")]
+        raw.iter().map(|&x| (f64::from(x) / self.scale) as f32).collect()
+    }
+}
+
 /// The layers of a multi-layer SAE.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

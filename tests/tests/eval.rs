@@ -10,6 +10,7 @@ use native::features::select::Amounts;
 use native::features::texts::Passage;
 use native::features::{self, Names, Source};
 use native::files::sha256;
+use native::flow::FlowOptions;
 use native::model::{self, LoadedModel};
 use native::sae_files::SaeFile;
 use native::site;
@@ -299,6 +300,7 @@ fn a_pack_says_what_plain_loops_say() {
         latents_per_shard: 8,
         text_tokens: 4,
         seed: 1,
+        flow: FlowOptions { texts: 0, latents: 0, effects: 0 },
     };
     let out = folder.path().join("pack");
     features::collect(&source, &options, &Names::default(), &out, &StopFlag::default()).unwrap();

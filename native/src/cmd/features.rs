@@ -9,6 +9,8 @@ use shared::config::Count;
 use crate::evaluate::EvalReport;
 use crate::features::select::Amounts;
 use crate::features::{self, Names, Options, Source, texts};
+use crate::flow::FlowOptions;
+use crate::sae_files::SaeFile;
 use crate::stop::StopFlag;
 use crate::store::Store;
 use crate::{model, sae_files};
@@ -20,6 +22,11 @@ Encodes training vectors of the store and collects, for each latent, its density
 histogram, examples (largest, from each quarter of the range, random), the logits it raises and lowers, and its \
 nearest latents; and runs the passages of --texts through the model for live encoding. The result is a pack: a \
 folder of safetensors and JSON files, described in docs/pack.md.
+
+Of a multi-layer autoencoder (train --layers), the pack shows the passages across the layers instead: the latents of every \
+token at every layer with what they miss, what goes with each latent at the next layer over the tokens of the store (a \
+correlation), what it says about the next token at each layer, and what changes behind it when it is removed. \
+FOLDER#resid.14 makes an ordinary pack of one of its layers.
 
 Example:
   stratascope features --sae runs/a --store store --model SmolLM2.gguf \\
@@ -70,6 +77,15 @@ pub(crate) struct Args {
     /// The number format the language model runs in: f32, bf16 or q8_0 [default: as the store was harvested].
     #[arg(long, value_name = "FORMAT")]
     precision: Option<Precision>,
+    /// Of a multi-layer autoencoder: most passages shown across the layers, the first ones.
+    #[arg(long, value_name = "N", default_value_t = 6)]
+    flow_texts: usize,
+    /// Of a multi-layer autoencoder: latents described layer by layer, the most active of those passages.
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    flow_latents: usize,
+    /// Of a multi-layer autoencoder: latents removed in each of those passages, one at a time.
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    flow_effects: usize,
     /// Seed of the random examples.
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -88,7 +104,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let stop = StopFlag::from_signals()?;
     let passages = args.texts.as_deref().map(texts::read).transpose()?.unwrap_or_default();
     let eval = args.eval.as_deref().map(read_eval).transpose()?;
-    let file = sae_files::read(&args.sae).context("cannot read the autoencoder")?;
+    let file = read_sae(&args.sae).context("cannot read the autoencoder")?;
     let store = Store::open(&args.store).context("cannot open the store")?;
     let precision = args.precision.unwrap_or(store.manifest().model.precision);
     let model = model::load_as(&args.model, precision).context("cannot load the language model")?;
@@ -109,8 +125,19 @@ impl Args {
             latents_per_shard: self.latents_per_shard,
             text_tokens: self.text_tokens,
             seed: self.seed,
+            flow: FlowOptions {
+                texts: self.flow_texts,
+                latents: self.flow_latents,
+                effects: self.flow_effects,
+            },
         }
     }
+}
+
+/// A multi-layer autoencoder as a whole, unless the path names one of its layers.
+fn read_sae(path: &Path) -> Result<SaeFile> {
+    let names_a_layer = !path.exists() && path.to_str().is_some_and(|path| path.contains('#'));
+    if names_a_layer { sae_files::read(path) } else { sae_files::read_whole(path) }
 }
 
 fn read_eval(path: &Path) -> Result<EvalReport> {

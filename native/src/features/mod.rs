@@ -23,6 +23,7 @@ use shared::tap::{Site, TapPoint};
 
 use crate::cpu::CpuBackend;
 use crate::evaluate::{self, ENCODE_ROWS, EvalReport};
+use crate::flow::{self, FlowOptions};
 use crate::input_limit::InputLimit;
 use crate::model::LoadedModel;
 use crate::progress;
@@ -41,7 +42,7 @@ const MOST_ACTIVE: u64 = 1 << 26;
 /// Shards made at a time, so that memory does not grow with the dictionary.
 const SHARDS_AT_A_TIME: usize = 256;
 /// Lowest decade and bins a decade of the density histogram.
-const HISTOGRAM: (i32, u32) = (-7, 4);
+pub(crate) const HISTOGRAM: (i32, u32) = (-7, 4);
 
 /// What to collect.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -57,6 +58,8 @@ pub struct Options {
     pub text_tokens: usize,
     /// Seed of the random examples.
     pub seed: u64,
+    /// What to collect of a multi-layer autoencoder.
+    pub flow: FlowOptions,
 }
 
 /// What a pack is made from.
@@ -96,35 +99,14 @@ pub fn collect(
     out: &Path,
     stop: &StopFlag,
 ) -> Result<()> {
+    if let Some(layers) = &source.file.metadata.layers {
+        return flow::collect(source, layers, options, names, out, stop);
+    }
     let point = check(source)?;
     let mut writer = PackWriter::create(out)?;
-    let sae = &source.file.sae;
     let (table, density) = encode(source, point, options, stop)?;
-    writer.add(pack::ENCODER, &Encoder::of(sae).write()?)?;
-    writer.add(pack::DECODER, &Decoder::of(sae).write()?)?;
-    let summaries: Vec<Summary> =
-        (0..table.n_latents()).into_par_iter().map(|l| summarise(&table, l)).collect();
-    // Heads write into the residual stream only through W_O, and what the MLP reads is not written to it at all:
-    // their own directions have no direct logits.
-    let logits = match point.site {
-        Site::Attn | Site::MlpIn => None,
-        Site::Embed | Site::Mlp | Site::Resid => geometry::logits(sae, &source.model.model, pack::TOP_K)?,
-    };
-    let index = index(source.model, &summaries, logits.as_deref());
-    let (numbers, words) = index.write()?;
-    writer.add(pack::INDEX_NUMBERS, &numbers)?;
-    writer.add(pack::INDEX_WORDS_FILE, &words)?;
-    let neighbours = geometry::neighbours(sae, pack::TOP_K)?;
-    let describer = Describer {
-        table: &table,
-        tokenizer: &source.model.tokenizer,
-        amounts: &options.amounts,
-        seed: options.seed,
-        summaries: &summaries,
-        neighbours: &neighbours,
-        logits: logits.as_deref(),
-    };
-    let n_shards = shards(&describer, options.latents_per_shard, &mut writer, stop)?;
+    let summaries = summarise_all(&table);
+    let n_shards = write_features(source, options, (&table, &summaries), point.site, &mut writer, stop)?;
     let store = source.store.manifest();
     let mut entries = Vec::new();
     let place = (point, InputLimit::of(source.file));
@@ -134,13 +116,68 @@ pub fn collect(
     }
     writer.add(pack::TEXTS, &pack::TextEntry::write_list(&entries)?)?;
     let histogram = density.log10_histogram(HISTOGRAM.0, HISTOGRAM.1).into();
-    let manifest = write::manifest(source, options, names, point, table.n_encoded(), n_shards, histogram)?;
-    writer.finish(manifest)
+    let n_tokens = table.n_encoded();
+    writer.finish(write::manifest(source, options, names, (point, None), n_tokens, n_shards, histogram)?)
+}
+
+/// Counts and extremes of every latent.
+pub(crate) fn summarise_all(table: &ActivationTable) -> Vec<Summary> {
+    (0..table.n_latents()).into_par_iter().map(|latent| summarise(table, latent)).collect()
+}
+
+/// Writes the autoencoder, the index and the features of all its latents; returns the number of shards.
+pub(crate) fn write_features(
+    source: &Source<'_>,
+    options: &Options,
+    (table, summaries): (&ActivationTable, &[Summary]),
+    site: Site,
+    writer: &mut PackWriter,
+    stop: &StopFlag,
+) -> Result<usize> {
+    let sae = &source.file.sae;
+    writer.add(pack::ENCODER, &Encoder::of(sae).write()?)?;
+    writer.add(pack::DECODER, &Decoder::of(sae).write()?)?;
+    // Heads write into the residual stream only through W_O, and what the MLP reads is not written to it at all:
+    // their own directions have no direct logits.
+    let logits = match site {
+        Site::Attn | Site::MlpIn => None,
+        Site::Embed | Site::Mlp | Site::Resid => geometry::logits(sae, &source.model.model, pack::TOP_K)?,
+    };
+    let index = index(source.model, summaries, logits.as_deref());
+    let (numbers, words) = index.write()?;
+    writer.add(pack::INDEX_NUMBERS, &numbers)?;
+    writer.add(pack::INDEX_WORDS_FILE, &words)?;
+    let neighbours = geometry::neighbours(sae, pack::TOP_K)?;
+    let describer = Describer {
+        table,
+        tokenizer: &source.model.tokenizer,
+        amounts: &options.amounts,
+        seed: options.seed,
+        summaries,
+        neighbours: &neighbours,
+        logits: logits.as_deref(),
+    };
+    shards(&describer, options.latents_per_shard, writer, stop)
 }
 
 /// That autoencoder, store, model and evaluation belong together.
 fn check(source: &Source<'_>) -> Result<TapPoint> {
     let point = evaluate::tap_of(source.file, source.store)?;
+    check_model(source)?;
+    if let Some(eval) = source.eval {
+        let n_latents = source.file.sae.dims().n_latents;
+        ensure!(
+            eval.tap == point && eval.n_latents == n_latents,
+            "the evaluation is of {} with {} latents, the autoencoder reads {point} with {n_latents}",
+            eval.tap,
+            eval.n_latents
+        );
+    }
+    Ok(point)
+}
+
+/// That the model is the one the store was made with.
+pub(crate) fn check_model(source: &Source<'_>) -> Result<()> {
     let (spec, store) = (source.model.model.spec(), source.store.manifest());
     ensure!(
         spec.n_layers == store.n_layers && spec.d_model == store.d_model,
@@ -154,16 +191,7 @@ fn check(source: &Source<'_>) -> Result<TapPoint> {
     if given.sha256 != harvested.sha256 {
         bail!("the model {} is not the one the store was made with ({})", given.name, harvested.name);
     }
-    if let Some(eval) = source.eval {
-        let n_latents = source.file.sae.dims().n_latents;
-        ensure!(
-            eval.tap == point && eval.n_latents == n_latents,
-            "the evaluation is of {} with {} latents, the autoencoder reads {point} with {n_latents}",
-            eval.tap,
-            eval.n_latents
-        );
-    }
-    Ok(point)
+    Ok(())
 }
 
 /// Encodes the training vectors of the first sequences and regroups their codes.

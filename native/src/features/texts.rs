@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 use shared::Rows;
-use shared::lm::{LmError, Tap, TapAction, TokenBatch, Until};
+use shared::lm::{LmError, Tap, TapAction, TokenBatch, Tokenizer, Until};
 use shared::pack::{Text, TextEntry, text_numbers};
 use shared::tap::TapPoint;
 
@@ -87,6 +87,18 @@ pub fn capture(
     passages.iter().enumerate().map(|(i, p)| one(i, p, model, store, (point, limit), most_tokens)).collect()
 }
 
+/// The tokens of a passage as the model reads them, with BOS where it wants one; at most `most`.
+///
+/// # Errors
+/// If the tokenizer refuses the text.
+pub fn tokens_of(tokenizer: &Tokenizer, text: &str, most: usize) -> Result<Vec<u32>> {
+    let bos = if tokenizer.prepend_bos() { tokenizer.bos() } else { None };
+    let mut tokens: Vec<u32> = bos.into_iter().collect();
+    tokens.extend(tokenizer.encode(text.trim())?);
+    tokens.truncate(most.max(1));
+    Ok(tokens)
+}
+
 fn one(
     number: usize,
     passage: &Passage,
@@ -97,10 +109,7 @@ fn one(
 ) -> Result<(TextEntry, Text)> {
     let context = || format!("the text {}", passage.id);
     let tokenizer = &model.tokenizer;
-    let bos = if tokenizer.prepend_bos() { tokenizer.bos() } else { None };
-    let mut tokens: Vec<u32> = bos.into_iter().collect();
-    tokens.extend(tokenizer.encode(passage.text.trim()).with_context(context)?);
-    tokens.truncate(most_tokens.max(1));
+    let tokens = tokens_of(tokenizer, &passage.text, most_tokens).with_context(context)?;
     let batch = TokenBatch::new(&tokens, tokens.len()).with_context(context)?;
     let mut capture = Capture { point, rows: Vec::new() };
     model.model.forward(batch, &mut capture, Until::Layer(point.layer)).with_context(context)?;

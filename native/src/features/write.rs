@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use shared::pack::flow::FlowInfo;
 use shared::pack::{
     self, ActivationKind, CorpusInfo, DensityHistogram, FileEntry, Manifest, ModelInfo, SaeInfo,
 };
@@ -121,11 +122,11 @@ fn open_up(_folder: &Path) -> std::io::Result<()> {
 }
 
 /// The manifest of a pack made from `source`, without its files.
-pub(super) fn manifest(
+pub(crate) fn manifest(
     source: &Source<'_>,
     options: &Options,
     names: &Names,
-    point: TapPoint,
+    (point, flow): (TapPoint, Option<FlowInfo>),
     n_tokens: u64,
     n_shards: usize,
     density_histogram: DensityHistogram,
@@ -144,8 +145,12 @@ pub(super) fn manifest(
         "options": options,
         "evaluation": source.eval,
     });
-    let default_name = || slug(&format!("{}-{}-{}-{}", model.name, point.site, point.layer, dims.n_latents));
-    let default_title = || format!("{}, {point}, {} latents", model.name, dims.n_latents);
+    let place = match &flow {
+        Some(flow) => format!("{} of {} layers", point.site, flow.layers.len()),
+        None => point.to_string(),
+    };
+    let default_name = || slug(&format!("{}-{}-{}", model.name, place.replace('.', "-"), dims.n_latents));
+    let default_title = || format!("{}, {place}, {} latents", model.name, dims.n_latents);
     let corpus = || match &text[..] {
         [] => "unknown text".to_owned(),
         [only] => only.name.clone(),
@@ -178,7 +183,7 @@ pub(super) fn manifest(
         metrics: source.eval.map(super::EvalReport::metrics),
         latents_per_shard: options.latents_per_shard,
         n_shards,
-        flow: None,
+        flow,
         density_histogram,
         files: BTreeMap::new(),
         provenance,

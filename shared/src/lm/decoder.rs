@@ -224,6 +224,36 @@ impl<O: Ops> Decoder<O> {
         Ok(logits)
     }
 
+    /// As [`Decoder::forward_nll_from`], but only the taps see what is computed.
+    ///
+    /// # Errors
+    /// As [`Decoder::forward_nll_from`].
+    pub fn forward_taps_from(
+        &self,
+        tokens: TokenBatch<'_>,
+        residual: Rows<'_>,
+        first: usize,
+        tap: &mut dyn Tap,
+    ) -> Result<(), LmError> {
+        let h = self.upload_residual(tokens, residual)?;
+        self.run_blocks(tokens.seq(), h, first..self.spec.n_layers, tap).map(drop)
+    }
+
+    /// Logits `[m, vocab]` of vectors of the residual stream `[m, d_model]`, as if each were that of the last block: the final
+    /// norm, the unembedding and the soft-cap (the logit lens).
+    ///
+    /// # Errors
+    /// If the rows are not `d_model` wide.
+    pub fn logit_lens(&self, residual: Rows<'_>) -> Result<Vec<f32>, LmError> {
+        residual.expect_width("residual", self.spec.d_model)?;
+        let mut logits = Vec::with_capacity(residual.n_rows() * self.spec.vocab_size);
+        if residual.n_rows() > 0 {
+            let rows = self.ops.upload(residual.data().to_vec(), self.spec.d_model)?;
+            self.unembed(&rows, residual.n_rows(), |_, rows| logits.extend_from_slice(rows.data()))?;
+        }
+        Ok(logits)
+    }
+
     /// The residual stream after block `last`.
     fn blocks(&self, tokens: TokenBatch<'_>, tap: &mut dyn Tap, last: usize) -> Result<O::Rows, LmError> {
         let vocab_size = self.spec.vocab_size;
