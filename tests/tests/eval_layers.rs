@@ -43,7 +43,7 @@ fn dictionary(d: usize, limit: Option<f64>) -> SaeFile {
     };
     let layer =
         |(tap, scale)| Layer { tap: point(tap), scale, max_input_norm: limit.filter(|_| tap == "resid.1") };
-    let layers = Some(MultiLayer { layers: LAYERS.map(layer).to_vec() });
+    let layers = Some(MultiLayer::new(LAYERS.map(layer).to_vec(), Vec::new()));
     SaeFile { sae: Sae::new(parts).unwrap(), metadata: SaeMetadata { layers, ..SaeMetadata::default() } }
 }
 

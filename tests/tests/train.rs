@@ -5,7 +5,8 @@
 use serde::Deserialize;
 use shared::Rows;
 use shared::loss::{
-    AuxK, DeadPull, Gradients, Latents, MultiTopK, Objective, Parametrisation, Prefix, Sparsity, TrainSae,
+    AuxForm, AuxK, DeadPull, Examples, Gradients, Latents, MultiTopK, Objective, Parametrisation, Prefix,
+    Sparsity, TrainSae,
 };
 
 #[derive(Deserialize)]
@@ -111,10 +112,12 @@ impl Case {
         Objective {
             sparsity,
             prefixes: self.prefixes.iter().map(prefix).collect(),
-            aux_k: self.aux_k.map(|(k, weight)| AuxK { k, weight, dead: dead() }),
+            aux_k: self.aux_k.map(|(k, weight)| AuxK { form: AuxForm::Gao, k, weight, dead: dead() }),
             multi: self.multi.map(|(k, weight)| MultiTopK { k, weight }),
             dead_pull: self.dead_pull.map(|weight| DeadPull { weight, dead: dead() }),
             normaliser: self.normaliser,
+            examples: Examples::default(),
+            l0_by_layer: false,
         }
     }
 

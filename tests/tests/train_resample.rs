@@ -20,14 +20,7 @@ fn noise(seed: u64, n: usize) -> Vec<f32> {
 }
 
 fn objective() -> Objective {
-    Objective {
-        sparsity: Sparsity::None,
-        prefixes: Vec::new(),
-        aux_k: None,
-        multi: None,
-        dead_pull: None,
-        normaliser: 1.0,
-    }
+    Objective::plain(Sparsity::None)
 }
 
 /// Random weights after a step, with three latents that a bias of −100 keeps silent.
@@ -43,7 +36,10 @@ fn trainer(latents: Latents, x: &[f32]) -> Trainer {
         tensors.b_enc[latent as usize] = -100.0;
         tensors.own[1][latent as usize] = -100.0;
     }
-    let mut trainer = Trainer::new(Params { d_in: D, d_out: D, tensors, latents, pre_bias: true }, true);
+    let mut trainer = Trainer::new(
+        Params { d_in: D, d_out: D, tensors, latents, pre_bias: true, encoder_bias: true },
+        true,
+    );
     let (objective, rows) = (objective(), Rows::new(x, D).unwrap());
     let forward = trainer.forward(rows, rows, &objective).unwrap();
     let betas = Betas { first: 0.9, second: 0.999, eps: 1e-8 };

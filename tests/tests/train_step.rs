@@ -5,8 +5,8 @@ use native::train::{Betas, Latents, Params, Settings, Tensors, Trainer};
 use shared::Rows;
 use shared::config::train::EncoderPrecision;
 use shared::loss::{
-    AuxK, DeadPull, Gradients, Latents as Reference, MultiTopK, Objective, Parametrisation, Prefix, Sparsity,
-    TrainSae, normalise, remove_parallel,
+    AuxForm, AuxK, DeadPull, Gradients, Latents as Reference, MultiTopK, Objective, Parametrisation, Prefix,
+    Sparsity, TrainSae, normalise, remove_parallel,
 };
 
 const D: usize = 12;
@@ -39,12 +39,28 @@ struct Case {
     d_out: usize,
     skip: bool,
     momentum: f64,
+    encoder_bias: bool,
+    /// Layers with thresholds of their own.
+    n_layers: usize,
+    /// Whether rows have weights and deviations.
+    weighs: bool,
 }
 
 impl Case {
     fn new(name: &'static str, latents: Latents, sparsity: Sparsity) -> Self {
         let objective = Objective::plain(sparsity);
-        Self { name, latents, objective, pre_bias: true, d_out: D, skip: false, momentum: 0.0 }
+        Self {
+            name,
+            latents,
+            objective,
+            pre_bias: true,
+            d_out: D,
+            skip: false,
+            momentum: 0.0,
+            encoder_bias: true,
+            n_layers: 1,
+            weighs: false,
+        }
     }
 
     fn with(mut self, change: impl FnOnce(&mut Self)) -> Self {
@@ -52,14 +68,30 @@ impl Case {
         self
     }
 
-    fn settings(&self) -> Settings<'_> {
+    /// The objective of a batch of `n_rows`.
+    fn objective(&self, n_rows: usize) -> Objective {
+        let mut objective = self.objective.clone();
+        if self.n_layers > 1 {
+            // Layers of unequal numbers of rows, in no order.
+            let layer = |row: usize| [0u16, 2, 1, 2, 2][row % 5] % self.n_layers as u16;
+            objective.examples.layers = (0..n_rows).map(layer).collect();
+            objective.l0_by_layer = true;
+        }
+        if self.weighs {
+            objective.examples.weights = (0..n_rows).map(|row| 0.5 + (row % 7) as f64 / 4.0).collect();
+            objective.examples.deviations = (0..n_rows).map(|row| 0.6 + (row % 3) as f64 / 2.0).collect();
+        }
+        objective
+    }
+
+    fn settings<'a>(&self, objective: &'a Objective) -> Settings<'a> {
         let betas = Betas { first: self.momentum, second: 0.999, eps: 1e-8 };
-        Settings { lr: 1e-3, own_lr: 3e-3, betas, objective: &self.objective }
+        Settings { lr: 1e-3, own_lr: 3e-3, betas, objective }
     }
 
     fn start(&self) -> Params {
         let mut noise = Noise(11);
-        let mut tensors = Tensors::zeros(N_LATENTS, D, self.d_out, self.skip);
+        let mut tensors = Tensors::zeros(N_LATENTS, D, self.d_out, self.skip).with_thresholds(self.n_layers);
         tensors.w_dec = noise.vector(N_LATENTS * self.d_out, 1.0);
         for row in tensors.w_dec.chunks_exact_mut(self.d_out) {
             let norm = row.iter().map(|v| v * v).sum::<f32>().sqrt();
@@ -74,9 +106,12 @@ impl Case {
         let reach = |i: usize| if i.is_multiple_of(4) { 0.9 } else { 0.5 };
         match self.latents {
             Latents::JumpRelu { parametrisation, .. } => {
-                let theta =
-                    |(i, v): (usize, f32)| parametrisation.parameter(reach(i) + 0.02 * f64::from(v)) as f32;
-                tensors.own[0] = noise.vector(N_LATENTS, 1.0).into_iter().enumerate().map(theta).collect();
+                let theta = |(i, v): (usize, f32)| {
+                    let (latent, layer) = (i / self.n_layers, i % self.n_layers);
+                    parametrisation.parameter(reach(latent) + 0.02 * f64::from(v) + 0.1 * layer as f64) as f32
+                };
+                let noise = noise.vector(N_LATENTS * self.n_layers, 1.0);
+                tensors.own[0] = noise.into_iter().enumerate().map(theta).collect();
             }
             Latents::Gated => tensors.own = [noise.vector(N_LATENTS, 0.1), noise.vector(N_LATENTS, 0.2)],
             _ => {}
@@ -84,7 +119,8 @@ impl Case {
         if matches!(self.latents, Latents::Relu | Latents::Gated) {
             tensors.b_enc.iter_mut().enumerate().for_each(|(i, b)| *b -= reach(i) as f32);
         }
-        Params { d_in: D, d_out: self.d_out, tensors, latents: self.latents, pre_bias: self.pre_bias }
+        let (latents, pre_bias, encoder_bias) = (self.latents, self.pre_bias, self.encoder_bias);
+        Params { d_in: D, d_out: self.d_out, tensors, latents, pre_bias, encoder_bias }
     }
 }
 
@@ -102,7 +138,8 @@ fn cases() -> Vec<Case> {
     let nested = || {
         [(30, 0.5), (100, 1.0), (300, 1.5)].map(|(n_latents, weight)| Prefix { n_latents, weight }).to_vec()
     };
-    let aux = || Some(AuxK { k: 5, weight: 0.1, dead: dead() });
+    let aux_of = |form| Some(AuxK { form, k: 5, weight: 0.1, dead: dead() });
+    let aux = || aux_of(AuxForm::Gao);
     let transcoder = |case: &mut Case| (case.pre_bias, case.d_out) = (false, 17);
     vec![
         Case::new("jumprelu", jump(Parametrisation::Log), target),
@@ -128,6 +165,27 @@ fn cases() -> Vec<Case> {
             .with(|c| c.objective.aux_k = aux()),
         Case::new("matryoshka topk", Latents::TopK { k: 6 }, Sparsity::None)
             .with(|c| c.objective.prefixes = nested()),
+        Case::new("jumprelu, thresholds of layers", jump(Parametrisation::Log), target)
+            .with(|c| c.n_layers = 3),
+        Case::new("raw thresholds of layers, momentum, dead-latent loss", jump(Parametrisation::Raw), target)
+            .with(|c| {
+                (c.n_layers, c.momentum) = (3, 0.9);
+                c.objective.dead_pull = Some(DeadPull { weight: 0.05, dead: dead() });
+            }),
+        Case::new("weighted jumprelu of layers, prefixes", jump(Parametrisation::Log), target).with(|c| {
+            (c.n_layers, c.weighs, c.objective.prefixes) = (3, true, nested());
+        }),
+        Case::new("weighted gated", Latents::Gated, norm(1.0, false)).with(|c| c.weighs = true),
+        Case::new("weighted topk, multi and auxk", Latents::TopK { k: 3 }, Sparsity::None).with(|c| {
+            c.objective.multi = Some(MultiTopK { k: 12, weight: 0.125 });
+            (c.weighs, c.objective.aux_k, c.objective.normaliser) = (true, aux(), 0.7);
+        }),
+        Case::new("topk as mlsae", Latents::TopK { k: 6 }, Sparsity::None).with(|c| {
+            (c.weighs, c.encoder_bias, c.momentum) = (true, false, 0.9);
+            (c.objective.aux_k, c.objective.normaliser) = (aux_of(AuxForm::Mlsae), 0.7);
+        }),
+        Case::new("matryoshka jumprelu, auxk of mlsae", jump(Parametrisation::Log), target)
+            .with(|c| (c.objective.prefixes, c.objective.aux_k) = (nested(), aux_of(AuxForm::Mlsae))),
         Case::new("transcoder", jump(Parametrisation::Log), target).with(transcoder),
         Case::new("skip transcoder", Latents::TopK { k: 6 }, Sparsity::None)
             .with(transcoder)
@@ -145,6 +203,7 @@ struct Textbook {
     /// First and second moments of each array, in the order of [`arrays`].
     moments: Vec<[Vec<f64>; 2]>,
     step: i32,
+    encoder_bias: bool,
 }
 
 /// Every trained array with its gradient, and whether it takes the rate of the latent function.
@@ -191,13 +250,16 @@ impl Textbook {
             pre_bias: params.pre_bias,
             w_skip: (!t.w_skip.is_empty()).then(|| wide(&t.w_skip)),
         };
-        Self { sae, moments: Vec::new(), step: 0 }
+        Self { sae, moments: Vec::new(), step: 0, encoder_bias: params.encoder_bias }
     }
 
     /// Takes a step; returns the loss before it.
     fn step(&mut self, x: Rows<'_>, y: Rows<'_>, settings: &Settings<'_>) -> f64 {
         self.step += 1;
         let (losses, mut g) = self.sae.backward(x, y, settings.objective).unwrap();
+        if !self.encoder_bias {
+            g.b_enc.fill(0.0);
+        }
         let (d_out, unit) = (self.sae.d_out, settings.objective.sparsity.unit_directions());
         if unit {
             let directions = self.sae.w_dec.chunks_exact(d_out);
@@ -239,7 +301,8 @@ impl Textbook {
             Reference::TopK { k } => rows(*k),
             Reference::BatchTopK { k } => gap(&pass.z, k * N_ROWS),
             Reference::JumpRelu { bandwidth, .. } => {
-                let theta = |k: usize| self.sae.theta(k % N_LATENTS);
+                let layer = |k: usize| objective.examples.layer(k / N_LATENTS);
+                let theta = |k: usize| self.sae.theta(k % N_LATENTS, layer(k));
                 let distances = pass.z.iter().enumerate().map(|(k, z)| (z - theta(k)).abs());
                 distances.map(|d| d.min((d - bandwidth / 2.0).abs())).fold(f64::INFINITY, f64::min)
             }
@@ -271,7 +334,8 @@ fn drift(got: &[f32], want: &[f64], from: &[f32]) -> f64 {
 #[test]
 fn twenty_steps_of_every_variant_equal_the_dense_reference() {
     for case in cases() {
-        let (settings, first) = (case.settings(), case.start());
+        let (objective, first) = (case.objective(N_ROWS), case.start());
+        let settings = case.settings(&objective);
         let mut trainer = Trainer::new(first.clone(), case.momentum > 0.0);
         let mut textbook = Textbook::new(&first);
         let mut noise = Noise(17);
@@ -281,13 +345,13 @@ fn twenty_steps_of_every_variant_equal_the_dense_reference() {
                 let x = noise.vector(N_ROWS * D, 0.35);
                 let y = if case.d_out == D { x.clone() } else { noise.vector(N_ROWS * case.d_out, 0.35) };
                 let rows = (Rows::new(&x, D).unwrap(), Rows::new(&y, case.d_out).unwrap());
-                if textbook.margin(rows.0, rows.1, &case.objective) > 1e-6 {
+                if textbook.margin(rows.0, rows.1, &objective) > 1e-6 {
                     break (x, y);
                 }
             };
             let (x, y) = (Rows::new(&x, D).unwrap(), Rows::new(&y, case.d_out).unwrap());
-            let pass = textbook.sae.forward(x, y, &case.objective).unwrap();
-            let forward = trainer.forward(x, y, &case.objective).unwrap();
+            let pass = textbook.sae.forward(x, y, &objective).unwrap();
+            let forward = trainer.forward(x, y, &objective).unwrap();
             assert_eq!(forward.losses().l0, pass.losses.l0, "{}", case.name);
             for row in 0..N_ROWS {
                 let want = &pass.f[row * N_LATENTS..(row + 1) * N_LATENTS];
@@ -309,10 +373,14 @@ fn twenty_steps_of_every_variant_equal_the_dense_reference() {
         let (p, q, f) = (&trainer.params.tensors, &textbook.sae, &first.tensors);
         let mut drifts = vec![
             ("w_enc", drift(&p.w_enc, &q.w_enc, &f.w_enc)),
-            ("b_enc", drift(&p.b_enc, &q.b_enc, &f.b_enc)),
             ("w_dec", drift(&p.w_dec, &q.w_dec, &f.w_dec)),
             ("b_dec", drift(&p.b_dec, &q.b_dec, &f.b_dec)),
         ];
+        if case.encoder_bias {
+            drifts.push(("b_enc", drift(&p.b_enc, &q.b_enc, &f.b_enc)));
+        } else {
+            assert_eq!(p.b_enc, f.b_enc, "{}", case.name);
+        }
         match &q.latents {
             Reference::JumpRelu { threshold, .. } => {
                 drifts.push(("threshold", drift(&p.own[0], threshold, &f.own[0])));
@@ -343,12 +411,12 @@ fn threads_do_not_change_a_bit() {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(n_threads).build().unwrap();
             pool.install(|| {
                 let mut trainer = Trainer::new(case.start(), case.momentum > 0.0);
-                let mut noise = Noise(19);
+                let (mut noise, objective) = (Noise(19), case.objective(700));
                 for _ in 0..3 {
                     let x = noise.vector(700 * D, 0.35);
                     let x = Rows::new(&x, D).unwrap();
-                    let forward = trainer.forward(x, x, &case.objective).unwrap();
-                    trainer.update(&forward, &case.settings()).unwrap();
+                    let forward = trainer.forward(x, x, &objective).unwrap();
+                    trainer.update(&forward, &case.settings(&objective)).unwrap();
                 }
                 trainer
             })
@@ -366,14 +434,14 @@ fn bf16_does_not_change_a_bit() {
         let run = |precision: EncoderPrecision| {
             let mut trainer = Trainer::new(case.start(), case.momentum > 0.0);
             trainer.set_precision(precision);
-            let (mut noise, mut again) = (Noise(29), 0);
+            let (mut noise, mut again, objective) = (Noise(29), 0, case.objective(300));
             for _ in 0..5 {
                 let x = noise.vector(300 * D, 0.35);
                 let y = noise.vector(300 * case.d_out, 0.35);
                 let (x, y) = (Rows::new(&x, D).unwrap(), Rows::new(&y, case.d_out).unwrap());
-                let forward = trainer.forward(x, y, &case.objective).unwrap();
+                let forward = trainer.forward(x, y, &objective).unwrap();
                 again += forward.effort().again;
-                trainer.update(&forward, &case.settings()).unwrap();
+                trainer.update(&forward, &case.settings(&objective)).unwrap();
             }
             trainer.set_precision(EncoderPrecision::F32);
             (trainer, again)
@@ -390,7 +458,10 @@ fn released_weights_compute_what_training_did() {
     use native::cpu::CpuBackend;
     use shared::fold::Scales;
     assert!(cases().iter().any(|case| case.skip));
-    for case in cases().iter().filter(|case| !matches!(case.latents, Latents::BatchTopK { .. })) {
+    for case in cases().iter().filter(|case| {
+        // The weights of several layers are released with what each needs beside them.
+        !matches!(case.latents, Latents::BatchTopK { .. }) && case.n_layers == 1
+    }) {
         let params = case.start();
         let x = Noise(23).vector(N_ROWS * D, 0.35);
         let y = vec![0.0; N_ROWS * case.d_out];

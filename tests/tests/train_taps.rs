@@ -15,7 +15,7 @@ use native::model;
 use native::sae_files::{SaeFormat, read, read_whole, write};
 use native::stop::StopFlag;
 use native::train::{
-    ActivationSource, Job, LiveTaps, SourceTap, Statistics, StoreTaps, Vectors, run, run_all,
+    ActivationSource, Job, LiveTaps, SourceTap, Statistics, StoreTaps, Vectors, run, run_all, spread,
 };
 use serde_json::{Value, json};
 use shared::config::train::TrainConfig;
@@ -70,14 +70,40 @@ layers = [0, 1]
 normalise = 'standardise'
 activation = 'topk'
 k = 4
+[[sae]]
+name = 'own-thresholds'
+layers = 'all'
+thresholds = 'per_layer'
+target_l0 = 4.0
+[[sae]]
+name = 'published'
+layers = [1, 0]
+normalise = 'standardise'
+loss = 'fvu'
+activation = 'topk'
+k = 4
+aux_k = 8
+aux_form = 'mlsae'
+dead_window = 2000
+encoder_bias = false
+decoder_bias_init = 'geometric_median'
+[[sae]]
+name = 'controls'
+layers = 'all'
+each_layer = true
+target_l0 = 4.0
 ";
 
-fn jobs(out: &Path) -> Vec<Job> {
+fn jobs(source: &dyn ActivationSource, out: &Path) -> Vec<Job> {
     let job = |(name, text): (Option<String>, String)| {
         let name = name.unwrap();
         Job { out: out.join(&name), name, config: resolve(&text, &[]).unwrap() }
     };
-    expand(KEYS, "sae").unwrap().into_iter().map(job).collect()
+    let jobs = spread(expand(KEYS, "sae").unwrap().into_iter().map(job).collect(), source).unwrap();
+    let names: Vec<&str> = jobs.iter().map(|job| &*job.name).collect();
+    assert_eq!(names[names.len() - 2..], ["controls/resid.0", "controls/resid.1"]);
+    assert_eq!(jobs[jobs.len() - 1].out, out.join("controls").join("resid.1"));
+    jobs
 }
 
 /// The killed process. Does nothing when run among the other tests.
@@ -85,7 +111,7 @@ fn jobs(out: &Path) -> Vec<Job> {
 fn train_in_this_process() {
     let (Ok(store), Ok(out)) = (std::env::var(STORE), std::env::var(OUT)) else { return };
     let source: Arc<dyn ActivationSource> = Arc::new(StoreTaps::open(store.as_ref()).unwrap());
-    let results = run_all(&source, &jobs(out.as_ref()), &StopFlag::default()).unwrap();
+    let results = run_all(&source, &jobs(&*source, out.as_ref()), &StopFlag::default()).unwrap();
     assert!(results.iter().all(Result::is_ok), "{results:?}");
 }
 
@@ -109,11 +135,11 @@ fn each_ends_as_if_alone_even_when_killed() {
     let source: Arc<dyn ActivationSource> = Arc::new(StoreTaps::open(&store).unwrap());
     let live = LiveTaps::new(Live::new(&settings, loaded, &StopFlag::default()).unwrap()).unwrap();
     let live: Arc<dyn ActivationSource> = Arc::new(live);
-    let streamed = jobs(&folder.path().join("streamed"));
+    let streamed = jobs(&*live, &folder.path().join("streamed"));
     for result in run_all(&live, &streamed, &StopFlag::default()).unwrap() {
         result.unwrap();
     }
-    for (job, streamed) in jobs(&folder.path().join("alone")).iter().zip(&streamed) {
+    for (job, streamed) in jobs(&*source, &folder.path().join("alone")).iter().zip(&streamed) {
         let summary = run(&source, &job.config, &job.out, &StopFlag::default()).unwrap();
         assert!(summary.held_out_fvu.unwrap() < 1.0, "{}: {summary:?}", job.name);
         assert!(weights(&job.out) == weights(&whole.join(&job.name)), "{} alone", job.name);
@@ -123,7 +149,7 @@ fn each_ends_as_if_alone_even_when_killed() {
     let kills = [1, 6, 11].map(|lines| kill_after_lines(start(&store, &killed), &log, lines));
     assert!(kills.iter().any(|killed| *killed), "over before it could be killed");
     assert!(start(&store, &killed).wait().unwrap().success());
-    for job in jobs(&killed) {
+    for job in jobs(&*source, &killed) {
         assert!(weights(&job.out) == weights(&whole.join(&job.name)), "{} killed", job.name);
     }
     let cfg = |name: &str| -> Value {
@@ -133,14 +159,15 @@ fn each_ends_as_if_alone_even_when_killed() {
     assert_eq!(cfg("across")["metadata"]["hook_name"], json!("blocks.0.attn.hook_z"));
     assert_eq!(cfg("resid")["metadata"]["hook_name_out"], Value::Null);
     layers_speak_about_raw_vectors(&whole, &*source);
-    let unknown = TrainConfig { tap: Some("mlp.3".parse().unwrap()), ..jobs(&killed)[0].config.clone() };
+    let unknown =
+        TrainConfig { tap: Some("mlp.3".parse().unwrap()), ..jobs(&*source, &killed)[0].config.clone() };
     let error = run(&source, &unknown, &folder.path().join("no"), &StopFlag::default()).unwrap_err();
     assert!(error.to_string().contains("no tap mlp.3; they hold resid.0, resid.1, attn.0"), "{error}");
 }
 
 /// Each layer of a multi-layer SAE is an autoencoder of that layer's raw activations.
 fn layers_speak_about_raw_vectors(whole: &Path, source: &dyn ActivationSource) {
-    for name in ["layers", "standardised"] {
+    for name in ["layers", "standardised", "own-thresholds"] {
         let folder = whole.join(name);
         let summary: Value = serde_json::from_slice(&fs::read(folder.join("run.json")).unwrap()).unwrap();
         let multi = read_whole(&folder).unwrap().metadata.layers.unwrap();
@@ -180,9 +207,64 @@ fn layers_speak_about_raw_vectors(whole: &Path, source: &dyn ActivationSource) {
         whole_file.metadata.layers,
         "converting keeps layers"
     );
+    thresholds_are_the_layers_own(&whole.join("own-thresholds"));
+    what_was_trained_as_published_is_an_mlsae(&whole.join("published"), source);
     let missing = format!("{}#resid.7", whole.join("layers").display());
     assert!(format!("{:#}", read(Path::new(&missing)).unwrap_err()).contains("resid.0, resid.1"));
     assert!(read(Path::new(&format!("{}#resid.1", whole.join("resid").display()))).is_err());
+}
+
+/// Every layer fires as often as was asked for, through thresholds that differ, and damaged ones are refused.
+fn thresholds_are_the_layers_own(folder: &Path) {
+    let whole = read_whole(folder).unwrap();
+    let layers = whole.metadata.layers.unwrap();
+    let n = whole.sae.dims().n_latents;
+    assert_eq!(layers.thresholds.len(), 2 * n);
+    let of = |tap: &str| read(Path::new(&format!("{}#{tap}", folder.display()))).unwrap().sae;
+    for (number, layer) in layers.layers.iter().enumerate() {
+        let sae = of(&layer.tap.to_string());
+        let wanted = |i: usize| (f64::from(layers.thresholds[number * n + i]) * layer.scale) as f32;
+        assert!((0..n).all(|i| sae.activation().threshold(i) == Some(wanted(i))), "{}", layer.tap);
+        // The weights themselves have the mean.
+        let mean = |i: usize| (layers.thresholds[i] + layers.thresholds[n + i]) / 2.0;
+        assert!((0..n).all(|i| (whole.sae.activation().threshold(i).unwrap() - mean(i)).abs() < 1e-6));
+    }
+    assert!((0..n).any(|i| (layers.thresholds[i] / layers.thresholds[n + i] - 1.0).abs() > 0.05));
+    let file = folder.join("multi_layer.safetensors");
+    let bytes = fs::read(&file).unwrap();
+    fs::write(&file, &bytes[..bytes.len() - 4]).unwrap();
+    assert!(read_whole(folder).is_err());
+    fs::remove_file(&file).unwrap();
+    assert!(format!("{:#}", read_whole(folder).unwrap_err()).contains("multi_layer.safetensors"));
+    fs::write(&file, bytes).unwrap();
+}
+
+/// What is trained as published can be written as that program's files, and reads back the same.
+fn what_was_trained_as_published_is_an_mlsae(folder: &Path, source: &dyn ActivationSource) {
+    let (file, as_mlsae) = (read_whole(folder).unwrap(), folder.join("as-mlsae"));
+    write(&as_mlsae, SaeFormat::Mlsae, &file).unwrap();
+    let config: Value = serde_json::from_slice(&fs::read(as_mlsae.join("config.json")).unwrap()).unwrap();
+    assert_eq!(
+        (&config["layers"], &config["k"], &config["standardize"]),
+        (&json!([0, 1]), &json!(4), &json!(true))
+    );
+    let again = read_whole(&as_mlsae).unwrap();
+    assert_eq!(again.metadata.layers.unwrap().layers.len(), 2);
+    let x = source.held_out(&[0], 200).unwrap().remove(0);
+    let x = Rows::new(&x, source.taps()[0].width).unwrap();
+    let rebuilt = |sae: &shared::Sae| {
+        let codes = reference::encode(sae, x).unwrap();
+        reference::decode(sae, x, &codes).unwrap()
+    };
+    let (ours, theirs) = (rebuilt(&file.sae), rebuilt(&again.sae));
+    assert!(ours.iter().zip(&theirs).all(|(a, b)| (a - b).abs() < 1e-4 * (1.0 + b.abs())));
+    // With an encoder bias it is none.
+    let other = write(
+        &folder.join("no"),
+        SaeFormat::Mlsae,
+        &read_whole(&folder.with_file_name("standardised")).unwrap(),
+    );
+    assert!(format!("{:#}", other.unwrap_err()).contains("encoder bias"));
 }
 
 /// Shards of 20 batches of 64 vectors; those from `bad` on, in the order of a first pass, are not finite.

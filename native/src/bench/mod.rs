@@ -1,13 +1,15 @@
 //! Measurements of this program by itself: speed of a harvest's forward pass and of a training step, and
-//! what lower precision costs.
+//! what lower precision and several layers cost.
 //!
 //! `cargo xtask bench` runs the first two beside other programs, round by round in turn, so that a busy machine slows both.
 
 mod harvest;
+mod mlsae_step;
 mod precision;
 mod train_step;
 
 pub use harvest::{HarvestBench, HarvestReady, HarvestRound};
+pub use mlsae_step::{MlsaeStepBench, MlsaeStepRound, Shape};
 pub use precision::{PrecisionReport, TapError, compare};
 pub use train_step::{TrainStepBench, TrainStepReady, TrainStepRound};
 

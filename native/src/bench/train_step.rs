@@ -16,7 +16,7 @@ use super::{forget_peak_memory, peak_memory_mib};
 use crate::cpu::gemm::{Matrix, product};
 use crate::cpu::simd::{Format, Kernel};
 use crate::files::write_bytes;
-use crate::train::encode::{Keep, Selection, encode};
+use crate::train::encode::{Cuts, Keep, Selection, encode};
 use crate::train::{Betas, Latents, Params, Settings, Tensors, Trainer};
 
 /// Rows whose pre-activations say about where the threshold is.
@@ -95,9 +95,9 @@ impl TrainStepBench {
         tensors.w_enc.clone_from(&tensors.w_dec);
         let theta = threshold(&batch[..SAMPLE.min(n_rows) * d], &tensors.w_enc, d, l0)?;
         let latents = Latents::JumpRelu { parametrisation: Parametrisation::Raw, bandwidth: BANDWIDTH };
-        let mut params = Params { d_in: d, d_out: d, tensors, latents, pre_bias: true };
+        let mut params = Params { d_in: d, d_out: d, tensors, latents, pre_bias: true, encoder_bias: true };
         let cuts = vec![theta - BELOW; n];
-        let above = Selection { keep: Keep::Above(&cuts), dead: None };
+        let above = Selection { keep: Keep::Above(Cuts::of_latents(&cuts)), dead: None };
         let found = encode(&params, &batch, above, EncoderPrecision::F32)?;
         let mut values: Vec<f32> = found.kept.all().iter().map(|candidate| candidate.z).collect();
         let wanted = n_rows * l0;
@@ -166,7 +166,7 @@ impl TrainStepBench {
         drop(forward);
         let cuts = self.trainer.params.thetas();
         let started = Instant::now();
-        let selection = Selection { keep: Keep::Above(&cuts), dead: None };
+        let selection = Selection { keep: Keep::Above(Cuts::of_latents(&cuts)), dead: None };
         black_box(encode(&self.trainer.params, &self.batch, selection, precision)?);
         let encoder_seconds = started.elapsed().as_secs_f64();
         Ok(TrainStepRound {
@@ -196,10 +196,10 @@ fn threshold(rows: &[f32], weights: &[f32], d: usize, l0: usize) -> Result<f32> 
 }
 
 /// A fixed sequence, roughly normal with variance 1.
-struct Noise(u64);
+pub(super) struct Noise(pub(super) u64);
 
 impl Noise {
-    fn next(&mut self) -> f32 {
+    pub(super) fn next(&mut self) -> f32 {
         let mut uniform = || {
             self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             (self.0 >> 40) as f32 / (1u32 << 24) as f32 - 0.5

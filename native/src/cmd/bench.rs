@@ -11,7 +11,7 @@ use shared::Precision;
 use shared::config::Count;
 use shared::config::train::EncoderPrecision;
 
-use crate::bench::{HarvestBench, TrainStepBench, compare};
+use crate::bench::{HarvestBench, MlsaeStepBench, Shape, TrainStepBench, compare};
 
 /// Arguments of `bench`.
 #[derive(Debug, clap::Args)]
@@ -31,6 +31,10 @@ enum Command {
     Precision(PrecisionArgs),
     /// A training step of a JumpReLU autoencoder on made-up vectors, driven as `harvest` is.
     TrainStep(TrainStepArgs),
+    /// Batches and steps of multi-layer autoencoders beside one of a single layer, over as many made-up vectors, in turn.
+    ///
+    /// Prints the best round of each as JSON, then `ratio mlsae-over-single X.XX` and the like.
+    MlsaeStep(MlsaeStepArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -75,6 +79,18 @@ struct PrecisionArgs {
 }
 
 #[derive(Debug, clap::Args)]
+struct MlsaeStepArgs {
+    /// Layers.
+    #[arg(long, value_name = "N", default_value_t = 30)]
+    layers: usize,
+    /// Rounds, of a step each.
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    rounds: usize,
+    #[command(flatten)]
+    step: TrainStepArgs,
+}
+
+#[derive(Debug, clap::Args)]
 struct TrainStepArgs {
     /// Width of the vectors.
     #[arg(long, value_name = "N", default_value_t = 576)]
@@ -102,6 +118,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             print(&report)
         }
         Command::TrainStep(args) => train_step(args),
+        Command::MlsaeStep(args) => mlsae_step(args),
     }
 }
 
@@ -124,6 +141,19 @@ fn train_step(args: &TrainStepArgs) -> Result<()> {
     }
     print(&bench.ready())?;
     answer(|bf16| print(&bench.round(if bf16 { EncoderPrecision::Bf16 } else { EncoderPrecision::F32 })?))
+}
+
+fn mlsae_step(args: &MlsaeStepArgs) -> Result<()> {
+    let TrainStepArgs { d, width, batch, l0, .. } = args.step;
+    let shape = Shape { d, n_latents: width, batch, l0 };
+    let rounds = MlsaeStepBench::new(args.layers, shape)?.rounds(args.rounds)?;
+    rounds.iter().try_for_each(print)?;
+    for (multi, single) in [("mlsae", "single"), ("mlsae-per-layer", "single"), ("mlsae-topk", "single-topk")]
+    {
+        let seconds = |name| rounds.iter().find(|round| round.name == name).map_or(f64::NAN, |r| r.seconds);
+        writeln!(io::stdout(), "ratio {multi}-over-{single} {:.2}", seconds(multi) / seconds(single))?;
+    }
+    Ok(())
 }
 
 /// Runs `round` for every line `round` of the input (with true for `round-bf16`), and one large product for every line `peak`.

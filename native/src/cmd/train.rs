@@ -16,7 +16,9 @@ use shared::tap::{Site, TapPoint};
 use crate::harvest::Live;
 use crate::model;
 use crate::stop::StopFlag;
-use crate::train::{ActivationSource, Job, LiveTaps, StoreTaps, Summary, VectorsFile, Wiring, run_all};
+use crate::train::{
+    ActivationSource, Job, LiveTaps, StoreTaps, Summary, VectorsFile, Wiring, run_all, spread,
+};
 
 /// Arguments of `train`.
 #[derive(Debug, clap::Args)]
@@ -181,6 +183,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         (None, Some(folder)) => Arc::new(StoreTaps::open(folder)?),
         (None, None) => Arc::new(args.live(&jobs, &stop)?),
     };
+    let jobs = spread(jobs, &*source)?;
     for Job { name, config, .. } in &jobs {
         let wiring = Wiring::of(config, &*source)?;
         let points = wiring.inputs.iter().filter_map(|&tap| source.taps()[tap].point);

@@ -16,6 +16,7 @@ use shared::format::{
     FormatError, SaeMetadata, dictionary_learning, gemma_scope, gemma_scope_2, mlsae, openai, openmoss,
     saelens, sparsify,
 };
+use shared::multi_layer::{self, MultiLayer};
 use shared::tap::TapPoint;
 
 use crate::files;
@@ -133,8 +134,13 @@ fn read_local(path: &Path) -> Result<SaeFile> {
                 saelens::read(&bytes(&config)?, &bytes(&weights)?).with_context(wrong)?;
             let layers = config.with_file_name(LAYERS);
             if layers.is_file() {
-                let parsed = serde_json::from_slice(&bytes(&layers)?);
-                metadata.layers = Some(parsed.with_context(|| format!("{} is broken", layers.display()))?);
+                let broken = || format!("{} is broken", layers.display());
+                let mut parsed: MultiLayer = serde_json::from_slice(&bytes(&layers)?).with_context(broken)?;
+                if parsed.thresholds_per_layer {
+                    let thresholds = bytes(&config.with_file_name(multi_layer::THRESHOLDS))?;
+                    parsed.read_thresholds(&thresholds, sae.dims().n_latents).with_context(wrong)?;
+                }
+                metadata.layers = Some(parsed);
             }
             Ok(SaeFile { sae, metadata })
         }
@@ -243,6 +249,9 @@ pub fn release(path: &Path, file: &SaeFile) -> Result<()> {
 /// Writes the files of a SAELens folder, with the layers of a multi-layer SAE beside them.
 fn write_folder(path: &Path, folder: &saelens::Folder, metadata: &SaeMetadata) -> Result<()> {
     if let Some(layers) = &metadata.layers {
+        if let Some(thresholds) = layers.write_thresholds()? {
+            files::write_bytes(&path.join(multi_layer::THRESHOLDS), &thresholds)?;
+        }
         files::write_bytes(&path.join(LAYERS), &serde_json::to_vec_pretty(layers)?)?;
     }
     files::write_bytes(&path.join(saelens::WEIGHTS), &folder.weights)?;

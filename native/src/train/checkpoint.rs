@@ -219,9 +219,12 @@ fn read(bytes: &[u8], config: &TrainConfig, [d_in, d_out]: [usize; 2], identity:
     let (n, file) = (config.width, SafeTensors::deserialize(bytes)?);
     let floats = |name: &str, len: usize| -> Result<Vec<f32>> { tensor(&file, name, Dtype::F32, len) };
     let integers = |name: &str| -> Result<Vec<u64>> { tensor(&file, name, Dtype::U64, n) };
-    n.checked_mul(d_in.max(d_out)).context("width overflows")?;
+    let names = file.names();
+    let n_inputs = (0..).map(data_name).take_while(|name| names.contains(&name.as_str())).count();
+    let n_layers = init::n_layers(config, n_inputs);
+    n.checked_mul(d_in.max(d_out).max(n_layers)).context("width overflows")?;
     let tensors = |group: &str| -> Result<Tensors> {
-        let mut tensors = Tensors::zeros(n, d_in, d_out, config.skip);
+        let mut tensors = Tensors::zeros(n, d_in, d_out, config.skip).with_thresholds(n_layers);
         for (name, values) in tensors.named_mut() {
             *values = floats(&format!("{group}{name}"), values.len())?;
         }
@@ -232,7 +235,8 @@ fn read(bytes: &[u8], config: &TrainConfig, [d_in, d_out]: [usize; 2], identity:
         other => other,
     };
     let pre_bias = config.subtracts_bias();
-    let params = Params { d_in, d_out, tensors: tensors("")?, latents, pre_bias };
+    let encoder_bias = config.encoder_bias;
+    let params = Params { d_in, d_out, tensors: tensors("")?, latents, pre_bias, encoder_bias };
     let moments = Moments {
         first: if config.beta1 > 0.0 { Some(tensors("first.")?) } else { None },
         second: tensors("second.")?,
@@ -244,9 +248,8 @@ fn read(bytes: &[u8], config: &TrainConfig, [d_in, d_out]: [usize; 2], identity:
         Ok(Normalisation { scale: data[0], limit: data[1], mean: data[2..].to_vec() })
     };
     let target = config.target.map(|_| measured("target_data", d_out)).transpose()?;
-    let names = file.names();
-    let inputs = (0..).map(data_name).take_while(|name| names.contains(&name.as_str()));
-    let inputs: Vec<_> = inputs.map(|name| measured(&name, d_in)).collect::<Result<_>>()?;
+    let inputs = (0..n_inputs).map(|input| measured(&data_name(input), d_in));
+    let inputs: Vec<_> = inputs.collect::<Result<_>>()?;
     ensure!(!inputs.is_empty(), "it has no tensor `{}`", data_name(0));
     let scaling = Scaling { rows: row_scaling(config.normalise), inputs, target };
     let mut trainer = Trainer::resume(params, moments, header.step);
@@ -308,7 +311,8 @@ mod tests {
             own: [vec![-3.0, -2.5, -2.0], vec![0.0; 3]],
             w_skip: Vec::new(),
         };
-        let params = Params { d_in: 2, d_out: 2, tensors, latents: init::latents(&config()), pre_bias: true };
+        let latents = init::latents(&config());
+        let params = Params { d_in: 2, d_out: 2, tensors, latents, pre_bias: true, encoder_bias: true };
         let mut trainer = Trainer::new(params, false);
         trainer.step = 12;
         trainer.moments.weights_step = vec![12, 0, 7];

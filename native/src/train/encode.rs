@@ -39,11 +39,63 @@ pub(crate) struct Candidate {
     pub(crate) z: f32,
 }
 
+/// Above which value a pre-activation is kept: a cut for each latent, or for each latent and layer.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Cuts<'a> {
+    /// `[n]`, or `[n, L]`.
+    values: &'a [f32],
+    n_layers: usize,
+    /// The layer of each row of the batch, where there are several.
+    layers: &'a [u16],
+}
+
+impl<'a> Cuts<'a> {
+    /// The same for all rows, `[n]`.
+    pub(crate) fn of_latents(values: &'a [f32]) -> Self {
+        Self { values, n_layers: 1, layers: &[] }
+    }
+
+    /// `values [n, n_layers]`, rows being of `layers`.
+    pub(crate) fn of_layers(values: &'a [f32], n_layers: usize, layers: &'a [u16]) -> Self {
+        Self { values, n_layers, layers }
+    }
+
+    /// Those of a latent, layer by layer.
+    #[inline(always)]
+    fn of(&self, latent: usize) -> &'a [f32] {
+        &self.values[latent * self.n_layers..(latent + 1) * self.n_layers]
+    }
+
+    /// That of a latent at a row of the batch.
+    #[inline(always)]
+    pub(super) fn at(&self, latent: usize, row: usize) -> f32 {
+        let layer = self.layers.get(row).map_or(0, |&layer| usize::from(layer));
+        self.of(latent)[if self.n_layers == 1 { 0 } else { layer }]
+    }
+
+    /// What `limit` makes of a latent's cuts, at each of `rows`.
+    #[inline(always)]
+    pub(super) fn along(
+        &self,
+        latent: usize,
+        rows: &std::ops::Range<usize>,
+        limit: impl Fn(f32) -> f32,
+        out: &mut Vec<f32>,
+    ) {
+        out.clear();
+        if let [one] = self.of(latent) {
+            out.resize(rows.len(), limit(*one));
+        } else {
+            out.extend(rows.clone().map(|row| limit(self.at(latent, row))));
+        }
+    }
+}
+
 /// Which pre-activations are kept.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Keep<'a> {
-    /// Those above the cut of their latent `[n]`.
-    Above(&'a [f32]),
+    /// Those above their cut.
+    Above(Cuts<'a>),
     /// The so many largest positive ones of each row.
     Largest(usize),
 }
@@ -279,7 +331,7 @@ pub(super) fn task(
             for (latent, z) in block.zip(z.chunks_exact_mut(rows.len())) {
                 let bias = params.tensors.b_enc[latent];
                 z.iter_mut().for_each(|z| *z += bias);
-                thin_out(z, latent, selection, &mut tile, &mut bounds);
+                thin_out(z, (latent, rows.start), selection, &mut tile, &mut bounds);
             }
         });
     }
@@ -290,6 +342,7 @@ pub(super) fn task(
 pub(super) fn keep_exact(
     params: &Params,
     latents: std::ops::Range<usize>,
+    first_row: usize,
     z: &mut [f32],
     selection: Selection<'_>,
     tile: &mut Tile,
@@ -299,25 +352,34 @@ pub(super) fn keep_exact(
         for (latent, z) in latents.zip(z.chunks_exact_mut(n_rows)) {
             let bias = params.tensors.b_enc[latent];
             z.iter_mut().for_each(|z| *z += bias);
-            thin_out(z, latent, selection, tile, &mut vec![0.0; n_rows]);
+            thin_out(z, (latent, first_row), selection, tile, &mut vec![0.0; n_rows]);
         }
     });
 }
 
-/// One latent's pre-activations over the rows of a tile; `bounds` are those of the rows' largest.
+/// One latent's pre-activations over the rows of a tile, which begins at `first_row`; `bounds` are those of the rows' largest.
 #[inline(always)]
-fn thin_out(z: &[f32], latent: usize, selection: Selection<'_>, tile: &mut Tile, bounds: &mut [f32]) {
+fn thin_out(
+    z: &[f32],
+    (latent, first_row): (usize, usize),
+    selection: Selection<'_>,
+    tile: &mut Tile,
+    bounds: &mut [f32],
+) {
     #[expect(clippy::cast_possible_truncation, reason = "widths are below 2^32")]
     let candidate = |z: f32| Candidate { latent: latent as u32, z };
     let chunks = z.chunks(CHUNK).zip(tile.main.chunks_mut(CHUNK)).zip(bounds.chunks_mut(CHUNK));
-    for ((values, rows), bounds) in chunks {
+    let lowest = match selection.keep {
+        Keep::Above(cuts) => cuts.of(latent).iter().copied().fold(f32::INFINITY, f32::min),
+        Keep::Largest(_) => 0.0,
+    };
+    for (number, ((values, rows), bounds)) in chunks.enumerate() {
         match selection.keep {
             Keep::Above(cuts) => {
-                let cut = cuts[latent];
-                if any_above(values, cut) {
-                    for (row, &z) in rows.iter_mut().zip(values) {
-                        if z > cut {
-                            row.kept.push(candidate(z));
+                if any_above(values, lowest) {
+                    for (row, (tile, &z)) in (first_row + number * CHUNK..).zip(rows.iter_mut().zip(values)) {
+                        if z > cuts.at(latent, row) {
+                            tile.kept.push(candidate(z));
                         }
                     }
                 }

@@ -14,6 +14,7 @@ use shared::{Rows, Sae};
 use super::checkpoint::{self, State};
 use super::log::Line;
 use super::normalise::{Normalisation, Scaling};
+use super::params::Params;
 use super::run::Run;
 use crate::cpu::CpuBackend;
 use crate::files::write_bytes;
@@ -142,7 +143,7 @@ impl Run<'_> {
                     Ok(Layer { tap, scale: of.scale / shared, max_input_norm: limit(of) })
                 };
                 let all = inputs.iter().zip(scales).map(layer).collect::<Result<Vec<_>>>()?;
-                metadata.layers = Some(MultiLayer { layers: all });
+                metadata.layers = Some(MultiLayer::new(all, thresholds_of_layers(&trainer.params, shared)));
             }
         }
         Ok(SaeFile { sae: Sae::new(parts)?, metadata })
@@ -192,6 +193,21 @@ impl Run<'_> {
         let mean = (!fvus.is_empty()).then(|| fvus.iter().sum::<f64>() / fvus.len() as f64);
         Ok((l0.mean(), mean))
     }
+}
+
+/// θ of every layer `[L, n]` in the units of the released weights, where layers have their own.
+fn thresholds_of_layers(params: &Params, scale: f64) -> Vec<f32> {
+    let (n, n_layers, thetas) = (params.n_latents(), params.n_layers(), params.thetas());
+    if n_layers == 1 {
+        return Vec::new();
+    }
+    // A raw θ may have gone below zero, where latents never are.
+    #[expect(clippy::cast_possible_truncation, reason = "weights are f32")]
+    let released = |theta: f32| (scale * f64::from(theta.max(0.0))) as f32;
+    (0..n_layers)
+        .flat_map(|layer| (0..n).map(move |latent| latent * n_layers + layer))
+        .map(|at| released(thetas[at]))
+        .collect()
 }
 
 /// The norm above which raw vectors are left out, when there is one.

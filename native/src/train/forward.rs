@@ -8,9 +8,10 @@ use anyhow::{Result, ensure};
 use rayon::prelude::*;
 use shared::Rows;
 use shared::config::train::EncoderPrecision;
-use shared::loss::{Losses, Objective, Sparsity};
+use shared::loss::{AuxForm, Examples, Levels, Losses, Objective};
 
-use super::encode::{Candidate, Effort, Encoded, Keep, Kept, Selection, encode};
+use super::encode::{Candidate, Cuts, Effort, Encoded, Keep, Kept, Selection, encode};
+use super::losses::losses;
 use super::params::{Latents, Params};
 use super::simd::{add_scaled, dot, vectorised};
 use crate::cpu::gemm::{Matrix, product};
@@ -26,7 +27,16 @@ pub struct Forward {
     pub(super) input: Vec<f32>,
     /// What the skip connection read, `[N, d_in]`; empty without one.
     pub(super) x: Vec<f32>,
+    /// `[n, n_layers]`.
     pub(super) thetas: Vec<f32>,
+    /// Layers with thresholds of their own; 1 where all share them.
+    pub(super) n_layers: usize,
+    /// The layer of each row, where they have.
+    pub(super) layers: Vec<u16>,
+    /// Rows of each layer `[n_layers]`.
+    pub(super) layer_rows: Vec<f32>,
+    /// Mean L0.
+    pub(super) levels: Levels,
     /// Active latents, those in a straight-through window, those that multi-TopK adds.
     pub(super) kept: Kept,
     /// With multi-TopK, which of `kept` are among the k of the latent function.
@@ -56,6 +66,8 @@ pub(super) struct Channels {
     pub(super) aux: Option<usize>,
     /// The residual of the whole dictionary.
     whole: usize,
+    /// Whether what latents learn from is something else.
+    apart: bool,
 }
 
 impl Channels {
@@ -74,9 +86,19 @@ impl Channels {
         let multi = next(objective.multi.is_some());
         let gate = next(params.latents == Latents::Gated);
         let aux = next(objective.aux_k.is_some());
-        let whole = next(!objective.prefixes.is_empty()).unwrap_or(0);
+        let pushed = objective.aux_k.as_ref().is_some_and(|aux| aux.form == AuxForm::Mlsae);
+        let apart = !objective.prefixes.is_empty() || !objective.examples.weights.is_empty() || pushed;
+        let whole = next(apart).unwrap_or(0);
         let width = params.d_out;
-        Self { width, count, values: vec![0.0; n_rows * count * width], stretches, multi, gate, aux, whole }
+        let values = vec![0.0; n_rows * count * width];
+        Self { width, count, values, stretches, multi, gate, aux, whole, apart }
+    }
+
+    /// Adds `pushed` to what every latent learns from row `row`.
+    pub(super) fn add_to_all(&mut self, row: usize, pushed: &[f32]) {
+        let start = row * self.count * self.width;
+        let learned = &mut self.values[start..start + self.stretches.len() * self.width];
+        learned.chunks_exact_mut(self.width).for_each(|channel| add_scaled(channel, 1.0, pushed));
     }
 
     /// The residual of row `row` in channel `channel`.
@@ -94,12 +116,12 @@ impl Channels {
 
 /// Squared residuals of a row, summed over the batch in order.
 #[derive(Debug, Clone, Copy, Default)]
-struct Errors {
-    whole: f64,
-    prefixes: f64,
-    multi: f64,
-    gate: f64,
-    aux: f64,
+pub(super) struct Errors {
+    pub(super) whole: f64,
+    pub(super) prefixes: f64,
+    pub(super) multi: f64,
+    pub(super) gate: f64,
+    pub(super) aux: f64,
 }
 
 impl Forward {
@@ -131,7 +153,7 @@ impl Forward {
     pub fn active<'a>(&'a self, params: &'a Params, row: usize) -> impl Iterator<Item = (u32, f32)> + 'a {
         let (start, candidates) = (self.kept.start(row), self.kept.row(row));
         candidates.iter().enumerate().filter_map(move |(i, candidate)| {
-            let value = self.value(params, start + i, candidate);
+            let value = self.value(params, row, start + i, candidate);
             (value > 0.0).then_some((candidate.latent, value))
         })
     }
@@ -151,34 +173,55 @@ impl Forward {
     pub fn mean_power(&self, params: &Params, p: f64) -> f64 {
         #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^53")]
         let n = self.n_rows as f64;
-        let all = self.kept.all().iter().enumerate();
-        let values = all.map(|(at, candidate)| f64::from(self.penalised(params, at, candidate)));
+        let all = self.candidates();
+        let values = all.map(|(row, at, candidate)| f64::from(self.penalised(params, row, at, candidate)));
         values.filter(|v| *v > 0.0).map(|v| v.powf(p)).sum::<f64>() / n
     }
 
-    /// The activation of candidate number `at`.
+    /// The activation of candidate number `at`, which is of `row`.
     #[inline(always)]
-    pub(super) fn value(&self, params: &Params, at: usize, candidate: &Candidate) -> f32 {
+    pub(super) fn value(&self, params: &Params, row: usize, at: usize, candidate: &Candidate) -> f32 {
         if self.chosen.get(at) == Some(&false) {
             return 0.0;
         }
-        value(params, &self.thetas, candidate)
+        value(params, self.theta(candidate.latent as usize, row), candidate)
     }
 
-    fn penalised(&self, params: &Params, at: usize, candidate: &Candidate) -> f32 {
-        if params.latents == Latents::Gated { candidate.z } else { self.value(params, at, candidate) }
+    /// What a norm penalty counts of candidate number `at`, which is of `row`.
+    pub(super) fn penalised(&self, params: &Params, row: usize, at: usize, candidate: &Candidate) -> f32 {
+        if params.latents == Latents::Gated { candidate.z } else { self.value(params, row, at, candidate) }
+    }
+
+    /// Everything that was kept: row, number, candidate.
+    pub(super) fn candidates(&self) -> impl Iterator<Item = (usize, usize, &Candidate)> {
+        let rows = 0..self.kept.n_rows();
+        rows.flat_map(|row| {
+            let numbered = (self.kept.start(row)..).zip(self.kept.row(row));
+            numbered.map(move |(at, candidate)| (row, at, candidate))
+        })
+    }
+
+    /// Which of a latent's thresholds are those of `row`.
+    #[inline(always)]
+    pub(super) fn layer(&self, row: usize) -> usize {
+        self.layers.get(row).map_or(0, |&layer| usize::from(layer))
+    }
+
+    /// θ of `latent` at `row`.
+    #[inline(always)]
+    pub(super) fn theta(&self, latent: usize, row: usize) -> f32 {
+        self.thetas[latent * self.n_layers + self.layer(row)]
     }
 }
 
 /// The activation of a pre-activation that was kept.
 #[inline(always)]
-fn value(params: &Params, thetas: &[f32], &Candidate { latent, z }: &Candidate) -> f32 {
-    let i = latent as usize;
+fn value(params: &Params, theta: f32, &Candidate { latent, z }: &Candidate) -> f32 {
     match params.latents {
         Latents::Relu | Latents::TopK { .. } | Latents::BatchTopK { .. } => z,
-        Latents::JumpRelu { .. } if z > thetas[i] => z,
+        Latents::JumpRelu { .. } if z > theta => z,
         Latents::JumpRelu { .. } => 0.0,
-        Latents::Gated => magnitude(params, i, z).1.max(0.0),
+        Latents::Gated => magnitude(params, latent as usize, z).1.max(0.0),
     }
 }
 
@@ -208,19 +251,27 @@ pub(super) fn forward(
         n_rows > 0 && y.n_rows() == n_rows,
         "a training step needs as many targets as rows, and at least one"
     );
+    let n_layers = params.n_layers();
+    objective.examples.check(n_rows, n_layers)?;
+    let layers = if n_layers > 1 { objective.examples.layers.clone() } else { Vec::new() };
+    ensure!(n_layers == 1 || layers.len() == n_rows, "thresholds of {n_layers} layers, and rows of none");
     let mut input = x.data().to_vec();
     if params.pre_bias {
         let b_dec = &params.tensors.b_dec;
         input.par_chunks_mut(params.d_in).for_each(|row| add_scaled(row, -1.0, b_dec));
     }
     let thetas = params.thetas();
-    let selected = select(params, &thetas, &input, objective, precision)?;
+    let selected = select(params, (&thetas, &layers), &input, objective, precision)?;
     let skip = if params.tensors.w_skip.is_empty() { Vec::new() } else { x.data().to_vec() };
     let mut forward = Forward {
         n_rows,
         input,
         x: skip,
         thetas,
+        n_layers,
+        layer_rows: layer_rows(&layers, n_layers, n_rows),
+        layers,
+        levels: objective.levels(std::iter::empty()),
         kept: selected.kept,
         chosen: selected.chosen,
         dead: selected.dead,
@@ -232,9 +283,21 @@ pub(super) fn forward(
         n_active: 0,
     };
     let errors = decode(params, &mut forward, y, objective)?;
-    forward.n_active = (0..n_rows).map(|row| forward.active(params, row).count()).sum();
+    let active: Vec<usize> = (0..n_rows).map(|row| forward.active(params, row).count()).collect();
+    forward.n_active = active.iter().sum();
+    forward.levels = objective.levels(active.into_iter());
     forward.losses = losses(params, &mut forward, errors, objective);
     Ok(forward)
+}
+
+/// How many rows each layer has.
+#[expect(clippy::cast_precision_loss, reason = "batches have fewer than 2^24 rows")]
+fn layer_rows(layers: &[u16], n_layers: usize, n_rows: usize) -> Vec<f32> {
+    if n_layers == 1 {
+        return vec![n_rows as f32];
+    }
+    let count = |layer: usize| layers.iter().filter(|&&other| usize::from(other) == layer).count();
+    (0..n_layers).map(|layer| count(layer) as f32).collect()
 }
 
 /// What the latent function and the objective look at.
@@ -248,7 +311,7 @@ struct Selected {
 
 fn select(
     params: &Params,
-    thetas: &[f32],
+    (thetas, layers): (&[f32], &[u16]),
     input: &[f32],
     objective: &Objective,
     precision: EncoderPrecision,
@@ -256,14 +319,14 @@ fn select(
     let n_rows = input.len() / params.d_in;
     let dead = objective.aux_k.as_ref().map(|aux| (&aux.dead[..], aux.k));
     let run = |keep: Keep<'_>| encode(params, input, Selection { keep, dead }, precision);
-    let above = |cut: f32| run(Keep::Above(&vec![cut; params.n_latents()]));
+    let above = |cut: f32| run(Keep::Above(Cuts::of_latents(&vec![cut; params.n_latents()])));
     let plain =
         |Encoded { kept, dead, effort }| Selected { kept, chosen: Vec::new(), dead, smallest: None, effort };
     match params.latents {
         Latents::Relu | Latents::Gated => above(0.0).map(plain),
         Latents::JumpRelu { bandwidth, .. } => {
             let cuts: Vec<f32> = thetas.iter().map(|theta| theta - bandwidth / 2.0).collect();
-            run(Keep::Above(&cuts)).map(plain)
+            run(Keep::Above(Cuts::of_layers(&cuts, params.n_layers(), layers))).map(plain)
         }
         Latents::TopK { k } => {
             let widest = objective.multi.map_or(k, |multi| multi.k.max(k));
@@ -357,43 +420,64 @@ fn decode_row(
     let (start, candidates) = (forward.kept.start(row), forward.kept.row(row));
     let square = |v: &[f32]| f64::from(dot(v, v));
     let mut errors = Errors::default();
+    let row_weight = objective.examples.weight(row);
     let mut running = base.to_vec();
     let mut candidates_left = candidates.iter().enumerate().peekable();
     for (stretch, &end) in layout.stretches.iter().enumerate() {
         while let Some((i, candidate)) = candidates_left.next_if(|(_, c)| (c.latent as usize) < end) {
-            let value = forward.value(params, start + i, candidate);
+            let value = forward.value(params, row, start + i, candidate);
             if value > 0.0 {
                 add_scaled(&mut running, value, direction(candidate.latent));
             }
         }
         channels[stretch * d..(stretch + 1) * d].copy_from_slice(&running);
         let weight = objective.prefixes.get(stretch).map_or(1.0, |prefix| prefix.weight);
-        errors.prefixes += weight * square(&running);
+        errors.prefixes += row_weight * weight * square(&running);
     }
     errors.whole = square(&running);
-    if !objective.prefixes.is_empty() {
+    if layout.apart {
         channels[layout.whole * d..(layout.whole + 1) * d].copy_from_slice(&running);
+    }
+    if !objective.prefixes.is_empty() {
         sum_from_the_end(channels, objective, d);
     }
+    weigh(&mut channels[..layout.stretches.len() * d], &objective.examples, row);
     if let Some(multi) = layout.multi {
         let channel = &mut channels[multi * d..(multi + 1) * d];
         channel.copy_from_slice(base);
         candidates.iter().for_each(|c| add_scaled(channel, c.z, direction(c.latent)));
-        errors.multi = square(channel);
+        errors.multi = row_weight * square(channel);
+        weigh(channel, &objective.examples, row);
     }
     if let Some(gate) = layout.gate {
         let channel = &mut channels[gate * d..(gate + 1) * d];
         channel.copy_from_slice(base);
         candidates.iter().for_each(|c| add_scaled(channel, c.z, direction(c.latent)));
-        errors.gate = square(channel);
+        errors.gate = row_weight * square(channel);
+        weigh(channel, &objective.examples, row);
     }
     if let Some(aux) = layout.aux {
         let channel = &mut channels[aux * d..(aux + 1) * d];
         channel.copy_from_slice(&running);
+        if objective.aux_k.as_ref().is_some_and(|aux| aux.form == AuxForm::Mlsae) {
+            #[expect(clippy::cast_possible_truncation, reason = "the step is computed in f32")]
+            let deviation = objective.examples.deviation(row) as f32;
+            channel.iter_mut().zip(&params.tensors.b_dec).for_each(|(c, b)| *c = *c * deviation + b);
+        }
         forward.dead.row(row).iter().for_each(|c| add_scaled(channel, c.z, direction(c.latent)));
         errors.aux = square(channel);
     }
     errors
+}
+
+/// Multiplies what is learned from `row` by its weight.
+#[inline(always)]
+fn weigh(channels: &mut [f32], examples: &Examples, row: usize) {
+    if !examples.weights.is_empty() {
+        #[expect(clippy::cast_possible_truncation, reason = "the step is computed in f32")]
+        let weight = examples.weight(row) as f32;
+        channels.iter_mut().for_each(|v| *v *= weight);
+    }
 }
 
 /// From the residual of each prefix to what the latents of each stretch learn from: the weighted sum of the residuals of all
@@ -407,87 +491,4 @@ fn sum_from_the_end(channels: &mut [f32], objective: &Objective, d: usize) {
         add_scaled(&mut sum, prefix.weight as f32, channel);
         channel.copy_from_slice(&sum);
     }
-}
-
-fn losses(params: &Params, forward: &mut Forward, errors: Errors, objective: &Objective) -> Losses {
-    #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^53")]
-    let (n, active) = (forward.n_rows as f64, forward.n_active as f64);
-    let (nu, l0) = (objective.normaliser, active / n);
-    let multi = objective.multi.map_or(0.0, |multi| multi.weight * errors.multi);
-    let mut auxiliary = errors.gate / n / nu + dead_pull(params, forward, objective);
-    if let Some(aux) = &objective.aux_k {
-        forward.left_variance = variance(forward, params.d_out);
-        if forward.left_variance > 0.0 && aux.dead.contains(&true) {
-            auxiliary += aux.weight * errors.aux / n / forward.left_variance;
-        }
-    }
-    Losses {
-        mse: errors.whole / n,
-        reconstruction: (errors.prefixes + multi) / n / nu,
-        sparsity: objective.sparsity.of_l0(l0) + norm_penalty(params, forward, &objective.sparsity) / n,
-        auxiliary,
-        l0,
-    }
-}
-
-/// mean ‖r − mean r‖² of the whole dictionary's residuals.
-fn variance(forward: &Forward, d: usize) -> f64 {
-    let (mut mean, mut squares) = (vec![0.0f64; d], 0.0);
-    #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^53")]
-    let n = forward.n_rows as f64;
-    for row in 0..forward.n_rows {
-        for (mean, &r) in mean.iter_mut().zip(forward.residual(row)) {
-            *mean += f64::from(r) / n;
-            squares += f64::from(r) * f64::from(r) / n;
-        }
-    }
-    (squares - mean.iter().map(|m| m * m).sum::<f64>()).max(0.0)
-}
-
-fn norm_penalty(params: &Params, forward: &Forward, sparsity: &Sparsity) -> f64 {
-    if !matches!(sparsity, Sparsity::Norm { .. }) {
-        return 0.0;
-    }
-    let all = forward.kept.all().iter().enumerate();
-    let terms = all.map(|(at, candidate)| {
-        let value = f64::from(forward.penalised(params, at, candidate));
-        let norm = if sparsity.unit_directions() { 1.0 } else { norm(params, candidate.latent as usize) };
-        if value > 0.0 { sparsity.of_value(value, norm) } else { 0.0 }
-    });
-    terms.sum()
-}
-
-/// ‖d_i‖.
-pub(super) fn norm(params: &Params, latent: usize) -> f64 {
-    let direction = &params.tensors.w_dec[latent * params.d_out..(latent + 1) * params.d_out];
-    f64::from(dot(direction, direction)).sqrt()
-}
-
-/// `weight · mean_n Σ_dead max(θ − z, 0)`: the sum of all θ − z, less those of the few rows above the threshold.
-fn dead_pull(params: &Params, forward: &Forward, objective: &Objective) -> f64 {
-    let Some(pull) = &objective.dead_pull else { return 0.0 };
-    let d = params.d_in;
-    #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^53")]
-    let n = forward.n_rows as f64;
-    let total = input_sum(forward, d);
-    let mut sum = 0.0;
-    for (latent, _) in pull.dead.iter().enumerate().filter(|(_, dead)| **dead) {
-        let (theta, bias) = (f64::from(forward.thetas[latent]), f64::from(params.tensors.b_enc[latent]));
-        let product = dot(&params.tensors.w_enc[latent * d..(latent + 1) * d], &total);
-        sum += n * (theta - bias) - f64::from(product);
-    }
-    for candidate in forward.kept.all().iter().filter(|c| pull.dead[c.latent as usize]) {
-        sum += f64::from((candidate.z - forward.thetas[candidate.latent as usize]).max(0.0));
-    }
-    pull.weight * sum / n
-}
-
-/// Σ_n x'_n.
-pub(super) fn input_sum(forward: &Forward, d: usize) -> Vec<f32> {
-    let mut sum = vec![0.0f64; d];
-    for row in forward.input.chunks_exact(d) {
-        sum.iter_mut().zip(row).for_each(|(sum, &v)| *sum += f64::from(v));
-    }
-    #[expect(clippy::cast_possible_truncation, reason = "the step is computed in f32")]
-    sum.into_iter().map(|sum| sum as f32).collect()
 }

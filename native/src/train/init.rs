@@ -4,7 +4,7 @@ use anyhow::Result;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
-use shared::config::train::{DecoderBiasInit, LatentFunction, ThresholdInit, TrainConfig};
+use shared::config::train::{DecoderBiasInit, LatentFunction, ThresholdInit, Thresholds, TrainConfig};
 
 use super::normalise::Scaling;
 use super::order::Pairs;
@@ -13,6 +13,8 @@ use crate::cpu::gemm::{Matrix, product};
 
 /// Rows that quantile thresholds are taken from.
 pub const SAMPLE_ROWS: usize = 4096;
+/// The fewest of them that are of one of several layers.
+pub const SAMPLE_ROWS_OF_A_LAYER: usize = 512;
 /// The lowest threshold a quantile may give: log θ needs a positive one.
 const LOWEST_THRESHOLD: f32 = 1e-4;
 /// Latents whose sample pre-activations are computed at a time.
@@ -34,9 +36,14 @@ pub fn params(config: &TrainConfig, scaling: &Scaling, sample: &Pairs) -> Result
     let bound = (6.0 / d_in as f32).sqrt();
     let mut w_enc: Vec<f32> = (0..n * d_in).map(|_| rng.random_range(-bound..bound)).collect();
     w_enc.chunks_exact_mut(d_in).for_each(normalise);
-    let mut tensors = Tensors::zeros(n, d_in, d_out, config.skip);
-    if config.decoder_bias_init == DecoderBiasInit::Mean {
-        tensors.b_dec = narrow(&scaling.output_mean());
+    let mut tensors =
+        Tensors::zeros(n, d_in, d_out, config.skip).with_thresholds(n_layers(config, scaling.inputs.len()));
+    match config.decoder_bias_init {
+        DecoderBiasInit::Mean => tensors.b_dec = narrow(&scaling.output_mean()),
+        DecoderBiasInit::GeometricMedian => {
+            tensors.b_dec = narrow(&geometric_median(sample.targets(), d_out));
+        }
+        DecoderBiasInit::Zero => {}
     }
     tensors.w_dec = w_enc.clone();
     if scaling.target.is_some() {
@@ -47,11 +54,57 @@ pub fn params(config: &TrainConfig, scaling: &Scaling, sample: &Pairs) -> Result
     }
     tensors.w_enc = w_enc;
     let latents = latents(config);
-    let mut params = Params { d_in, d_out, tensors, latents, pre_bias: config.subtracts_bias() };
+    let (pre_bias, encoder_bias) = (config.subtracts_bias(), config.encoder_bias);
+    let mut params = Params { d_in, d_out, tensors, latents, pre_bias, encoder_bias };
     if !config.activation.chooses() {
-        start_sparse(&mut params, config, &sample.x)?;
+        start_sparse(&mut params, config, sample)?;
     }
     Ok(params)
+}
+
+/// Layers with thresholds of their own, of a run over `n_inputs` layers.
+#[must_use]
+pub fn n_layers(config: &TrainConfig, n_inputs: usize) -> usize {
+    if config.thresholds == Thresholds::PerLayer { n_inputs.max(1) } else { 1 }
+}
+
+/// The point with the least sum of distances to `rows [N, width]`, by Weiszfeld's iteration in f64 from their mean (Weiszfeld 1937;
+/// rows at the point itself are passed over, as by Vardi and Zhang, PNAS 97(4), 2000, where they do not hold it there).
+fn geometric_median(rows: &[f32], width: usize) -> Vec<f64> {
+    const ITERATIONS: usize = 100;
+    let weighted = |weight: &(dyn Fn(&[f32]) -> f64 + Sync)| {
+        let parts = rows.par_chunks(width * 256).map(|rows| {
+            let (mut sum, mut total) = (vec![0.0f64; width], 0.0);
+            for row in rows.chunks_exact(width) {
+                let weight = weight(row);
+                sum.iter_mut().zip(row).for_each(|(sum, &v)| *sum += weight * f64::from(v));
+                total += weight;
+            }
+            (sum, total)
+        });
+        let parts: Vec<(Vec<f64>, f64)> = parts.collect();
+        let (mut sum, mut total) = (vec![0.0f64; width], 0.0);
+        for (part, weight) in parts {
+            sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+            total += weight;
+        }
+        (total > 0.0).then(|| sum.into_iter().map(|sum| sum / total).collect::<Vec<f64>>())
+    };
+    let Some(mut point) = weighted(&|_| 1.0) else { return vec![0.0; width] };
+    for _ in 0..ITERATIONS {
+        let near = |row: &[f32]| {
+            let squares: f64 = row.iter().zip(&point).map(|(&v, p)| (f64::from(v) - p).powi(2)).sum();
+            if squares > 0.0 { 1.0 / squares.sqrt() } else { 0.0 }
+        };
+        let Some(next) = weighted(&near) else { break };
+        let moved: f64 = next.iter().zip(&point).map(|(a, b)| (a - b).powi(2)).sum();
+        let length: f64 = next.iter().map(|v| v * v).sum();
+        point = next;
+        if moved <= 1e-14 * length {
+            break;
+        }
+    }
+    point
 }
 
 fn normalise(row: &mut [f32]) {
@@ -104,7 +157,7 @@ pub fn latents(config: &TrainConfig) -> Latents {
 }
 
 /// Sets thresholds, or the biases of a latent function without, such that each latent fires as often as the initial L0 asks.
-fn start_sparse(params: &mut Params, config: &TrainConfig, sample: &[f32]) -> Result<()> {
+fn start_sparse(params: &mut Params, config: &TrainConfig, sample: &Pairs) -> Result<()> {
     let n = config.width;
     #[expect(clippy::cast_precision_loss, reason = "widths are far below 2^53")]
     let share = config.initial_l0() / n as f64;
@@ -112,19 +165,37 @@ fn start_sparse(params: &mut Params, config: &TrainConfig, sample: &[f32]) -> Re
     let parameter = |theta: f64| config.parametrisation.parameter(theta) as f32;
     match (config.activation, config.threshold_init) {
         (LatentFunction::JumpRelu, ThresholdInit::Value(theta)) => {
-            params.tensors.own[0] = vec![parameter(theta); n];
+            params.tensors.own[0].fill(parameter(theta));
         }
         (LatentFunction::JumpRelu, ThresholdInit::FromData(_)) => {
-            let thetas = quantiles(params, sample, share)?.into_iter();
-            let positive = thetas.map(|t| parameter(f64::from(t.max(LOWEST_THRESHOLD))));
-            params.tensors.own[0] = positive.collect();
+            let n_layers = params.n_layers();
+            let all = quantiles(params, &sample.x, share)?;
+            for layer in 0..n_layers {
+                let rows = rows_of(sample, params.d_in, layer, n_layers);
+                let thetas = if rows.is_empty() || n_layers == 1 {
+                    all.clone()
+                } else {
+                    quantiles(params, &rows, share)?
+                };
+                for (latent, theta) in thetas.into_iter().enumerate() {
+                    params.tensors.own[0][latent * n_layers + layer] =
+                        parameter(f64::from(theta.max(LOWEST_THRESHOLD)));
+                }
+            }
         }
         _ => {
-            let quantiles = quantiles(params, sample, share)?;
+            let quantiles = quantiles(params, &sample.x, share)?;
             params.tensors.b_enc.iter_mut().zip(quantiles).for_each(|(bias, q)| *bias -= q);
         }
     }
     Ok(())
+}
+
+/// The rows of one of several layers.
+fn rows_of(sample: &Pairs, d: usize, layer: usize, n_layers: usize) -> Vec<f32> {
+    let rows = sample.x.chunks_exact(d).zip(&sample.inputs);
+    let own = rows.filter(|(_, input)| n_layers == 1 || usize::from(**input) == layer);
+    own.flat_map(|(row, _)| row.iter().copied()).collect()
 }
 
 /// Per latent, the value that a share `share` of its pre-activations on `sample` lies above.

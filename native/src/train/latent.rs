@@ -38,12 +38,13 @@ pub(super) struct Slices<'a> {
 
 impl Piece<'_> {
     pub(super) fn latent(&mut self, i: usize, d_in: usize, d_out: usize) -> Slices<'_> {
+        let n_layers = self.own[0].len() / self.b_enc.len();
         let [first, second] = &mut self.own;
         Slices {
             encoder: &mut self.w_enc[i * d_in..(i + 1) * d_in],
             direction: &mut self.w_dec[i * d_out..(i + 1) * d_out],
             bias: &mut self.b_enc[i..=i],
-            own: [&mut first[i..=i], &mut second[i..=i]],
+            own: [&mut first[i * n_layers..(i + 1) * n_layers], &mut second[i..=i]],
         }
     }
 }
@@ -62,12 +63,19 @@ pub(super) struct Latent<'a> {
 pub(super) struct Scratch {
     g_encoder: Vec<f32>,
     g_direction: Vec<f32>,
+    /// Of the first of the latent function's own parameters, layer by layer.
+    g_own: Vec<f32>,
     pub(super) through_encoder: Vec<f32>,
 }
 
 impl Scratch {
-    pub(super) fn new(d_in: usize, d_out: usize) -> Self {
-        Self { g_encoder: vec![0.0; d_in], g_direction: vec![0.0; d_out], through_encoder: vec![0.0; d_in] }
+    pub(super) fn new(d_in: usize, d_out: usize, n_layers: usize) -> Self {
+        Self {
+            g_encoder: vec![0.0; d_in],
+            g_direction: vec![0.0; d_out],
+            g_own: vec![0.0; n_layers],
+            through_encoder: vec![0.0; d_in],
+        }
     }
 }
 
@@ -77,7 +85,8 @@ struct Scalars {
     /// Of the product `w·x'`, summed over rows: what reaches `b_dec` through the pre-bias.
     product: f32,
     bias: f32,
-    own: [f32; 2],
+    /// Of the second of the latent function's own parameters.
+    own: f32,
     /// Whether weights, and whether own parameters, received anything.
     touched: bool,
     own_touched: bool,
@@ -88,6 +97,8 @@ pub(super) struct Batch<'a> {
     pub(super) forward: &'a Forward,
     pub(super) d_in: usize,
     pub(super) latents: Latents,
+    /// Whether the encoder bias is trained.
+    pub(super) trains_bias: bool,
     pub(super) objective: &'a Objective,
     pub(super) step: u64,
     pub(super) lr: f64,
@@ -101,8 +112,10 @@ pub(super) struct Batch<'a> {
     pub(super) multi: Option<(usize, f32)>,
     pub(super) gate: Option<(usize, f32)>,
     pub(super) aux: Option<(usize, f32)>,
-    /// λ/N, of the effective λ on L0.
-    pub(super) lambda_per_row: f32,
+    /// Whether AuxK decodes with `b_dec`.
+    pub(super) aux_has_bias: bool,
+    /// λ/N, of the effective λ on the L0 of each layer.
+    pub(super) lambda_per_row: Vec<f32>,
     /// Σ_n x'_n, for the dead-latent loss.
     pub(super) input_sum: Vec<f32>,
 }
@@ -117,6 +130,7 @@ impl Batch<'_> {
         }
         scratch.g_encoder.fill(0.0);
         scratch.g_direction.fill(0.0);
+        scratch.g_own.fill(0.0);
         let mut g = Scalars::default();
         for entry in entries {
             match entry.part {
@@ -149,14 +163,15 @@ impl Batch<'_> {
                 self.encoder(entry, (g_f + penalty, g_f + penalty), scratch, g);
             }
             Latents::JumpRelu { .. } => {
-                let theta = self.forward.thetas[latent.number];
+                let layer = self.forward.layer(entry.row as usize);
+                let theta = self.forward.theta(latent.number, entry.row as usize);
                 if entry.z > theta {
                     let penalty = self.penalty(latent, entry.z, scratch);
                     add_scaled(&mut scratch.g_direction, entry.z * self.scale, residual);
                     self.encoder(entry, (g_f + penalty, g_f + penalty), scratch, g);
                 }
                 if (entry.z - theta).abs() < self.bandwidth / 2.0 {
-                    g.own[0] -= (theta * g_f + self.lambda_per_row) / self.bandwidth;
+                    scratch.g_own[layer] -= (theta * g_f + self.lambda_per_row[layer]) / self.bandwidth;
                     g.own_touched = true;
                 }
             }
@@ -166,8 +181,8 @@ impl Batch<'_> {
                 let mut g_product = 0.0;
                 if magnitude > 0.0 {
                     add_scaled(&mut scratch.g_direction, magnitude * self.scale, residual);
-                    g.own[0] += g_f * scaled;
-                    g.own[1] += g_f;
+                    scratch.g_own[0] += g_f * scaled;
+                    g.own += g_f;
                     g_product = g_f * p.own[0][0].exp();
                     g.own_touched = true;
                 }
@@ -237,15 +252,17 @@ impl Batch<'_> {
         scratch: &mut Scratch,
         g: &mut Scalars,
     ) {
-        let theta = self.forward.thetas[latent.number];
         let per_row = weight / self.n_rows;
         add_scaled(&mut scratch.g_encoder, -per_row, &self.input_sum);
         g.product -= weight;
         g.bias -= weight;
-        g.own[0] += weight;
-        for entry in entries.iter().filter(|e| e.part == Part::Main && e.z >= theta) {
+        for (g_own, rows) in scratch.g_own.iter_mut().zip(&self.forward.layer_rows) {
+            *g_own += per_row * rows;
+        }
+        let above = |e: &&Entry| e.z >= self.forward.theta(latent.number, e.row as usize);
+        for entry in entries.iter().filter(|e| e.part == Part::Main).filter(above) {
             self.encoder(entry, (per_row, per_row), scratch, g);
-            g.own[0] -= per_row;
+            scratch.g_own[self.forward.layer(entry.row as usize)] -= per_row;
         }
         (g.touched, g.own_touched) = (true, true);
     }
@@ -264,16 +281,14 @@ impl Batch<'_> {
         };
         let [m_encoder, m_direction, m_bias, m_own, m_own_2] = first;
         if g.own_touched || momentum {
-            let scale = match self.latents {
-                Latents::JumpRelu { parametrisation: Parametrisation::Log, .. } => {
-                    self.forward.thetas[latent.number]
-                }
-                _ => 1.0,
-            };
+            if let Latents::JumpRelu { parametrisation: Parametrisation::Log, .. } = self.latents {
+                let thetas = &self.forward.thetas[latent.number * self.forward.n_layers..];
+                scratch.g_own.iter_mut().zip(thetas).for_each(|(g, theta)| *g *= theta);
+            }
             let adam = Adam::new(self.betas, self.own_lr, self.step, *latent.own_step);
-            adam.update(p.own[0], m_own, second.own[0], &[scale * g.own[0]]);
+            adam.update(p.own[0], m_own, second.own[0], &scratch.g_own);
             if self.latents == Latents::Gated {
-                adam.update(p.own[1], m_own_2, second.own[1], &[g.own[1]]);
+                adam.update(p.own[1], m_own_2, second.own[1], &[g.own]);
             }
             *latent.own_step = self.step;
         }
@@ -287,7 +302,9 @@ impl Batch<'_> {
             let adam = Adam::new(self.betas, self.lr, self.step, *latent.weights_step);
             adam.update(p.direction, m_direction, second.direction, &scratch.g_direction);
             adam.update(p.encoder, m_encoder, second.encoder, &scratch.g_encoder);
-            adam.update(p.bias, m_bias, second.bias, &[g.bias]);
+            if self.trains_bias {
+                adam.update(p.bias, m_bias, second.bias, &[g.bias]);
+            }
             if unit {
                 normalise(p.direction);
             }

@@ -1,6 +1,6 @@
 //! Training autoencoders on the CPU, from a store of activations or straight from a language model.
 //!
-//! [`suite`] is the loop, over one autoencoder or many; [`step`] is one step, sparse after the encoder product: `encode` (through
+//! [`suite`] is the loop, over one autoencoder or many (`controls` makes those of each layer); [`step`] is one step, sparse after the encoder product: `encode` (through
 //! `sieve` where it may) and `forward` find what is active and decode it, `latent` finds and applies the gradients of one latent;
 //! [`params`], [`adam`], [`init`], [`schedule`], [`pressure`] and `resample` are what a step changes and by how much; [`source`],
 //! [`vectors`], [`live`], [`normalise`] and [`order`] say which vectors come when; [`guard`] keeps bad batches out; [`checkpoint`],
@@ -8,6 +8,7 @@
 
 pub mod adam;
 pub mod checkpoint;
+mod controls;
 pub(crate) mod encode;
 mod events;
 mod finish;
@@ -18,6 +19,7 @@ mod interval;
 mod latent;
 pub mod live;
 pub mod log;
+mod losses;
 pub mod normalise;
 pub mod order;
 pub mod params;
@@ -34,6 +36,7 @@ pub mod suite;
 pub mod vectors;
 
 pub use adam::Betas;
+pub use controls::spread;
 pub use encode::Effort;
 pub use finish::Summary;
 pub use forward::Forward;

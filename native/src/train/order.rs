@@ -14,6 +14,7 @@ use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use shared::RowScaling;
+use shared::row_scaling::Undo;
 
 use super::normalise::{Normalisation, Scaling};
 use super::source::{ActivationSource, Vectors, Wiring};
@@ -175,6 +176,8 @@ pub struct Pairs {
     pub y: Vec<f32>,
     /// Which of the inputs each row is of, `[N]`.
     pub inputs: Vec<u16>,
+    /// What brings each row of the targets back to raw units, scale and shift, `[N]`; but for the ε of a standardisation.
+    pub undo: Vec<(f64, f64)>,
 }
 
 impl Pairs {
@@ -217,6 +220,7 @@ impl Batches {
         out.x.clear();
         out.y.clear();
         out.inputs.clear();
+        out.undo.clear();
         let mut empty_shards = 0;
         while out.inputs.len() < n_rows {
             let loaded = match self.loaded.take() {
@@ -246,10 +250,17 @@ impl Batches {
         let (input, row) = (example / loaded.n_rows, example % loaded.n_rows);
         let normalisation = &self.scaling.inputs[input];
         let [d_in, d_out] = self.scaling.widths();
-        append(&mut out.x, &loaded.x[input][row * d_in..][..d_in], self.scaling.rows, normalisation);
+        let x = &loaded.x[input][row * d_in..][..d_in];
+        append(&mut out.x, x, self.scaling.rows, normalisation);
+        let mut undo = Undo { scale: 1.0, shift: 0.0 };
+        let mut scale = normalisation.scale;
         if let (Some(y), Some(target)) = (&loaded.y, &self.scaling.target) {
             append(&mut out.y, &y[row * d_out..][..d_out], RowScaling::None, target);
+            scale = target.scale;
+        } else if !self.scaling.rows.is_none() {
+            undo = self.scaling.rows.undo(x);
         }
+        out.undo.push((undo.scale * scale, undo.shift));
         out.inputs.push(u16::try_from(input).context("more than 2^16 taps")?);
         Ok(())
     }

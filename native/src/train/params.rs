@@ -17,7 +17,7 @@ pub struct Tensors {
     /// Decoder bias `[d_out]`.
     pub b_dec: Vec<f32>,
     /// Parameters of the latent function, `[n]` each: the threshold parameter of a JumpReLU, or a gate's `r_mag` and `b_mag`;
-    /// else zeros that nobody reads.
+    /// else zeros that nobody reads. Where layers have thresholds of their own, the first is `[n, L]`.
     pub own: [Vec<f32>; 2],
     /// The skip connection `[d_out, d_in]`; empty without one.
     pub w_skip: Vec<f32>,
@@ -35,6 +35,13 @@ impl Tensors {
             own: [vec![0.0; n_latents], vec![0.0; n_latents]],
             w_skip: vec![0.0; if skip { d_out * d_in } else { 0 }],
         }
+    }
+
+    /// With a threshold parameter for each of `n_layers` layers.
+    #[must_use]
+    pub fn with_thresholds(mut self, n_layers: usize) -> Self {
+        self.own[0] = vec![0.0; self.b_enc.len() * n_layers];
+        self
     }
 
     /// Names and values of all arrays, in a fixed order.
@@ -69,10 +76,11 @@ impl Tensors {
     /// Pieces of `size` consecutive latents, to be written side by side.
     pub(crate) fn pieces(&mut self, size: usize) -> impl Iterator<Item = Piece<'_>> {
         let n = self.b_enc.len().max(1);
-        let (d_in, d_out) = (self.w_enc.len() / n, self.w_dec.len() / n);
+        let (d_in, d_out, n_layers) = (self.w_enc.len() / n, self.w_dec.len() / n, self.own[0].len() / n);
         let [first, second] = &mut self.own;
         let weights = self.w_enc.chunks_mut(size * d_in).zip(self.w_dec.chunks_mut(size * d_out));
-        let scalars = self.b_enc.chunks_mut(size).zip(first.chunks_mut(size)).zip(second.chunks_mut(size));
+        let scalars =
+            self.b_enc.chunks_mut(size).zip(first.chunks_mut(size * n_layers)).zip(second.chunks_mut(size));
         weights.zip(scalars).map(|((w_enc, w_dec), ((b_enc, first), second))| Piece {
             w_enc,
             w_dec,
@@ -131,6 +139,8 @@ pub struct Params {
     pub latents: Latents,
     /// Whether the encoder reads `x − b_dec`.
     pub pre_bias: bool,
+    /// Whether the encoder bias is trained, or stays what it is.
+    pub encoder_bias: bool,
 }
 
 impl Params {
@@ -140,7 +150,13 @@ impl Params {
         self.tensors.b_enc.len()
     }
 
-    /// θ of every latent `[n]`, zero where the latent function has none: the exponential is taken in f64 and rounded once.
+    /// Layers with thresholds of their own; 1 where all share them.
+    #[must_use]
+    pub fn n_layers(&self) -> usize {
+        (self.tensors.own[0].len() / self.n_latents().max(1)).max(1)
+    }
+
+    /// θ of every latent `[n]`, or of every latent at every layer `[n, L]`, zero where the latent function has none: the exponential is taken in f64 and rounded once.
     #[must_use]
     pub fn thetas(&self) -> Vec<f32> {
         match self.latents {
@@ -153,16 +169,16 @@ impl Params {
         }
     }
 
-    /// The released form for raw activations.
+    /// The released form for raw activations; where layers have thresholds of their own, with the mean over layers.
     ///
     /// # Errors
     /// If a parameter is not finite.
     pub fn release(&self, scales: Scales) -> Result<Sae> {
         let t = &self.tensors;
-        let thetas = self.thetas();
+        let means = means(&self.thetas(), self.n_layers());
         let latents = match self.latents {
             Latents::Relu => Trained::Relu,
-            Latents::JumpRelu { .. } => Trained::JumpRelu { threshold: &thetas },
+            Latents::JumpRelu { .. } => Trained::JumpRelu { threshold: &means },
             Latents::Gated => Trained::Gated { r_mag: &t.own[0], b_mag: &t.own[1] },
             Latents::TopK { k } => Trained::TopK { k },
             Latents::BatchTopK { threshold, .. } => Trained::BatchTopK { threshold },
@@ -178,6 +194,13 @@ impl Params {
         };
         Ok(fold(&training, scales)?)
     }
+}
+
+/// The mean of each `n` consecutive values.
+fn means(values: &[f32], n: usize) -> Vec<f32> {
+    #[expect(clippy::cast_precision_loss, clippy::cast_possible_truncation, reason = "parameters are f32")]
+    let mean = |some: &[f32]| (some.iter().map(|&v| f64::from(v)).sum::<f64>() / n as f64) as f32;
+    values.chunks_exact(n).map(mean).collect()
 }
 
 /// Adam's moments, and the step in which each latent last moved.
@@ -202,7 +225,10 @@ impl Moments {
     #[must_use]
     pub fn new(params: &Params, momentum: bool) -> Self {
         let n = params.n_latents();
-        let zeros = || Tensors::zeros(n, params.d_in, params.d_out, !params.tensors.w_skip.is_empty());
+        let zeros = || {
+            let tensors = Tensors::zeros(n, params.d_in, params.d_out, !params.tensors.w_skip.is_empty());
+            tensors.with_thresholds(params.n_layers())
+        };
         Self { first: momentum.then(zeros), second: zeros(), weights_step: vec![0; n], own_step: vec![0; n] }
     }
 }

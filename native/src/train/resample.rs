@@ -73,7 +73,9 @@ impl Trainer {
             }
             _ => 0.0,
         };
-        (t.own[0][latent], t.own[1][latent]) = (own, 0.0);
+        let n_layers = t.own[0].len() / t.b_enc.len();
+        t.own[0][latent * n_layers..(latent + 1) * n_layers].fill(own);
+        t.own[1][latent] = 0.0;
     }
 
     /// Gives dead latents the moments of an average living one.

@@ -10,8 +10,8 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 use shared::Rows;
 use shared::config::to_toml;
-use shared::config::train::{EncoderPrecision, TrainConfig};
-use shared::loss::{AuxK, DeadPull, MultiTopK, Objective, Prefix};
+use shared::config::train::{EncoderPrecision, Loss, Thresholds, TrainConfig};
+use shared::loss::{AuxForm, AuxK, DeadPull, Examples, MultiTopK, Objective, Prefix};
 use shared::metrics::Dead;
 
 use super::checkpoint::{self, State};
@@ -46,7 +46,9 @@ impl Beginning {
     ) -> Result<Self> {
         let scaling = Scaling::measure(&**source, wiring, config.max_norm, config.normalise)?;
         let mut sample = Pairs::default();
-        let rows = usize::try_from(source.n_vectors())?.min(init::SAMPLE_ROWS);
+        let n_taps = wiring.inputs.len();
+        let most = init::SAMPLE_ROWS.max(init::SAMPLE_ROWS_OF_A_LAYER * n_taps);
+        let rows = usize::try_from(source.n_vectors())?.saturating_mul(n_taps).min(most);
         let mut shards = Shards::new(source, std::slice::from_ref(wiring), config.seed);
         let mut batches = Batches::new(wiring.clone(), scaling.clone(), Position::default(), rows as u64);
         batches.fill(&mut shards, rows, &mut sample)?;
@@ -145,7 +147,7 @@ impl<'a> Run<'a> {
     pub(super) fn step(&mut self, batch: &Pairs, position: Position, waited: Duration) -> Result<()> {
         let started = Instant::now();
         let (config, step) = (self.config, self.state.trainer.step);
-        let objective = self.objective();
+        let objective = self.objective(batch);
         let [lr, own_lr] = rates(config, step);
         let settings = Settings { lr, own_lr, betas: betas(config), objective: &objective };
         let [d_in, d_out] = self.wiring.widths(&**self.source);
@@ -219,15 +221,17 @@ impl<'a> Run<'a> {
     }
 
     /// The objective of the next step.
-    fn objective(&self) -> Objective {
+    fn objective(&self, batch: &Pairs) -> Objective {
         let (config, State { dead, pressure, trainer, .. }) = (self.config, &self.state);
         let mask = || dead.mask_within(config.dead_window.0);
         let lengths = config.prefix_lengths();
-        let normaliser = if config.activation.chooses() { self.state.scaling.variance() } else { 1.0 };
+        let normalised = config.activation.chooses() && config.loss == Loss::Mse;
+        let normaliser = if normalised { self.state.scaling.variance() } else { 1.0 };
         Objective {
             sparsity: pressure.sparsity(config, trainer.step),
             prefixes: lengths.into_iter().map(|n_latents| Prefix { n_latents, weight: 1.0 }).collect(),
             aux_k: (config.aux_k > 0).then(|| AuxK {
+                form: config.aux_form,
                 k: config.aux_k,
                 weight: config.aux_weight,
                 dead: mask(),
@@ -235,7 +239,29 @@ impl<'a> Run<'a> {
             multi: config.multi_topk.then_some(MultiTopK { k: 4 * config.k, weight: 0.125 }),
             dead_pull: (config.dead_loss > 0.0).then(|| DeadPull { weight: config.dead_loss, dead: mask() }),
             normaliser,
+            examples: self.examples(batch),
+            l0_by_layer: config.thresholds == Thresholds::PerLayer,
         }
+    }
+
+    /// What the objective must know of each row of `batch`.
+    fn examples(&self, batch: &Pairs) -> Examples {
+        let (config, scaling) = (self.config, &self.state.scaling);
+        let (by_layer, fvu) = (config.thresholds == Thresholds::PerLayer, config.loss == Loss::Fvu);
+        let mut examples = Examples::default();
+        if by_layer || fvu {
+            examples.layers.clone_from(&batch.inputs);
+        }
+        if fvu {
+            let width = scaling.widths()[1];
+            examples.weights = examples.fvu_weights(batch.targets(), width, &batch.undo);
+        }
+        if config.aux_k > 0 && config.aux_form == AuxForm::Mlsae && !scaling.rows.is_none() {
+            // All taps have the same C, which the encoder's units do not know.
+            let scale = scaling.released().input;
+            examples.deviations = batch.undo.iter().map(|(deviation, _)| deviation / scale).collect();
+        }
+        examples
     }
 
     fn write_line(&mut self, settings: &Settings<'_>, waited: Duration) -> Result<()> {

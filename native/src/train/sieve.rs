@@ -58,6 +58,8 @@ pub(super) struct Scratch {
     staged: Vec<u32>,
     /// Latent and row of what is to be computed again.
     again: Vec<(u32, u32)>,
+    /// What a latent's products must reach, row by row.
+    limits: Vec<f32>,
 }
 
 /// Whether this processor has what a sieve needs.
@@ -311,7 +313,7 @@ pub(super) fn sift(
         let block = first..(first + TILE_LATENTS).min(latents.end);
         let weights = &params.tensors.w_enc[block.start * d..block.end * d];
         sieve.product(weights, d, &rows, scratch);
-        let Scratch { z, again, .. } = scratch;
+        let Scratch { z, again, limits, .. } = scratch;
         again.clear();
         vectorised(|| {
             for (latent, z) in block.clone().zip(z.chunks_exact(n_rows)) {
@@ -326,9 +328,13 @@ pub(super) fn sift(
                     lost: sieve.latents.lost[latent],
                 };
                 if let Keep::Above(cuts) = selection.keep {
-                    let limit = [limit(cuts[latent], bias); CHUNK];
+                    cuts.along(latent, &rows, |cut| limit(cut, bias), limits);
                     #[expect(clippy::cast_possible_truncation, reason = "a tile has few rows")]
-                    line.scan(0.0, |_| &limit, |row, _, _| again.push((line.latent, row as u32)));
+                    line.scan(
+                        0.0,
+                        |start| &limits[start..],
+                        |row, _, _| again.push((line.latent, row as u32)),
+                    );
                 }
                 if let Some(main) = &mut main {
                     main.take(line, bias);
@@ -342,12 +348,12 @@ pub(super) fn sift(
         });
         if again.len() > n_rows * block.len() / MANY {
             batch.product(weights, rows.clone(), z)?;
-            keep_exact(params, block, z, selection, &mut tile);
+            keep_exact(params, block, rows.start, z, selection, &mut tile);
             tile.again += n_rows * TILE_LATENTS;
         } else if let Keep::Above(cuts) = selection.keep {
             tile.again += again.len();
             sieve.settle(params, batch, &rows, again, |row, candidate| {
-                if candidate.z > cuts[candidate.latent as usize] {
+                if candidate.z > cuts.at(candidate.latent as usize, rows.start + row) {
                     tile.main[row].kept.push(candidate);
                 }
             });

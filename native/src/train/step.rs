@@ -12,12 +12,13 @@ use anyhow::Result;
 use rayon::prelude::*;
 use shared::Rows;
 use shared::config::train::EncoderPrecision;
-use shared::loss::Objective;
+use shared::loss::{AuxForm, Objective};
 
 use super::adam::{Adam, Betas};
 use super::encode::Candidate;
-use super::forward::{Forward, forward, input_sum};
+use super::forward::{Forward, forward};
 use super::latent::{Batch, Entry, Latent, Part, Scratch};
+use super::losses::input_sum;
 use super::params::{Latents, Moments, Params};
 use super::simd::{add_scaled, vectorised};
 use crate::cpu::gemm::{Matrix, product};
@@ -102,6 +103,10 @@ impl Trainer {
                 if let Some((channel, scale)) = batch.multi {
                     add_scaled(&mut g_b_dec, scale, forward.channels.row(row, channel));
                 }
+                // Only the published AuxK of multi-layer SAEs decodes with the bias.
+                if let Some((channel, scale)) = batch.aux.filter(|_| batch.aux_has_bias) {
+                    add_scaled(&mut g_b_dec, scale, forward.channels.row(row, channel));
+                }
             }
         });
         let g_skip = self.skip_gradient(forward, &batch)?;
@@ -150,7 +155,7 @@ impl Trainer {
 
     /// Updates every latent with entries, and with momentum every latent; returns per piece `Σ_i (Σ_n G_product) w_i`.
     fn update_latents(&mut self, forward: &Forward, batch: &Batch<'_>) -> Vec<Vec<f32>> {
-        let n = self.params.n_latents();
+        let (n, n_layers) = (self.params.n_latents(), self.params.n_layers());
         let (d_in, d_out) = (self.params.d_in, self.params.d_out);
         let entries = ByLatent::new(forward, n);
         let params = self.params.tensors.pieces(PIECE);
@@ -164,7 +169,7 @@ impl Trainer {
         pieces
             .into_par_iter()
             .map(|(piece, (((mut params, mut second), mut first), (weights_step, own_step)))| {
-                let mut scratch = Scratch::new(d_in, d_out);
+                let mut scratch = Scratch::new(d_in, d_out, n_layers);
                 vectorised(|| {
                     for i in 0..params.b_enc.len() {
                         let number = piece * PIECE + i;
@@ -248,6 +253,8 @@ impl<'a> Batch<'a> {
             forward,
             d_in: params.d_in,
             latents: params.latents,
+            trains_bias: params.encoder_bias,
+            aux_has_bias: objective.aux_k.as_ref().is_some_and(|aux| aux.form == AuxForm::Mlsae),
             objective,
             step,
             lr: settings.lr,
@@ -259,7 +266,9 @@ impl<'a> Batch<'a> {
             multi: channels.multi.map(|channel| (channel, (scale * multi_weight) as f32)),
             gate: channels.gate.map(|channel| (channel, scale as f32)),
             aux: channels.aux.map(|channel| (channel, aux_scale as f32)),
-            lambda_per_row: (objective.sparsity.effective_lambda(forward.losses().l0) / n) as f32,
+            lambda_per_row: (0..forward.n_layers)
+                .map(|layer| (forward.levels.lambda(&objective.sparsity, layer) / n) as f32)
+                .collect(),
             input_sum: match objective.dead_pull {
                 Some(_) => input_sum(forward, params.d_in),
                 None => Vec::new(),

@@ -110,6 +110,7 @@ fn check(jobs: &[Job]) -> Result<()> {
     let first = jobs.first().context("there is nothing to train")?;
     for job in jobs {
         job.config.check().with_context(|| job.name.clone())?;
+        ensure!(!job.config.each_layer, "{} stands for an autoencoder of each layer", job.name);
         ensure!(
             job.config.seed == first.config.seed,
             "{} and {} cannot share the data: seed, which gives their order, must be the same",

@@ -10,6 +10,7 @@ use super::error::FormatError;
 use super::fold;
 use super::metadata::SaeMetadata;
 use super::tensors::{TensorFile, serialize, transpose};
+use crate::multi_layer::{Layer, MultiLayer};
 use crate::row_scaling::RowScaling;
 use crate::sae::{Activation, Sae, SaeParts};
 use crate::tap::{Site, TapPoint};
@@ -92,6 +93,7 @@ pub fn read(config: &[u8], weights: &[u8]) -> Result<(Sae, SaeMetadata), FormatE
     let mut metadata = SaeMetadata {
         model_name: cfg.get("model_name").and_then(Value::as_str).map(str::to_owned),
         tap: only_layer(&cfg),
+        layers: several_layers(&cfg),
         ..SaeMetadata::default()
     };
     if let Some(Value::Object(ours)) = cfg.remove("stratascope") {
@@ -109,11 +111,36 @@ fn only_layer(cfg: &Map<String, Value>) -> Option<TapPoint> {
     }
 }
 
+/// The layers, where `layers` has several: the dictionary is the same at all.
+fn several_layers(cfg: &Map<String, Value>) -> Option<MultiLayer> {
+    let layers = cfg.get("layers")?.as_array().filter(|layers| layers.len() > 1)?;
+    let layer = |layer: &Value| {
+        let tap = TapPoint::new(Site::Resid, usize::try_from(layer.as_u64()?).ok()?);
+        Some(Layer { tap, scale: 1.0, max_input_norm: None })
+    };
+    Some(MultiLayer::new(layers.iter().map(layer).collect::<Option<_>>()?, Vec::new()))
+}
+
+/// The numbers of the layers, which are outputs of blocks.
+fn layer_numbers(metadata: &SaeMetadata) -> Result<Vec<usize>, FormatError> {
+    let Some(several) = &metadata.layers else {
+        return Ok(metadata.tap.iter().map(|tap| tap.layer).collect());
+    };
+    let number = |layer: &Layer| match layer.tap.site {
+        Site::Resid if layer.scale == 1.0 => Ok(layer.tap.layer),
+        Site::Resid => {
+            Err(FormatError::field(CONFIG, "layers", "layers without scales of their own", layer.scale))
+        }
+        _ => Err(FormatError::field(CONFIG, "layers", "layers of resid", layer.tap)),
+    };
+    several.layers.iter().map(number).collect()
+}
+
 /// The two files that `MLSAE.from_pretrained` loads. A configuration read before is kept where it still holds.
 ///
 /// # Errors
 /// If the autoencoder is not top-k, its widths differ, it has an encoder bias of its own or a skip connection, or its rows
-/// are scaled in another way.
+/// are scaled in another way, or layers have scales of their own.
 pub fn write(sae: &Sae, metadata: &SaeMetadata) -> Result<(Vec<u8>, Vec<u8>), FormatError> {
     fold::refuse_skip(CONFIG, sae)?;
     fold::refuse_rows_but(CONFIG, sae, &[RowScaling::None, RowScaling::LAYER_NORM])?;
@@ -129,8 +156,12 @@ pub fn write(sae: &Sae, metadata: &SaeMetadata) -> Result<(Vec<u8>, Vec<u8>), Fo
         Activation::JumpRelu { .. } => return Err(FormatError::field(CONFIG, "k", "top-k", "thresholds")),
     };
     let own = fold::bias_behind_b_dec(sae);
-    // What the rounding of the folded bias leaves is no bias.
-    if let Some(i) = (0..n).find(|&i| own[i].abs() > 4.0 * f32::EPSILON * sae.b_enc()[i].abs()) {
+    // What the rounding of the folded bias, and of what it was folded from, leaves is no bias.
+    let rounding = |i: usize| {
+        let terms = sae.encoder_row(i).iter().zip(sae.b_dec()).map(|(w, b)| (w * b).abs()).sum::<f32>();
+        4.0 * f32::EPSILON * (sae.b_enc()[i].abs() + terms)
+    };
+    if let Some(i) = (0..n).find(|&i| own[i].abs() > rounding(i)) {
         let found = format!("{} at latent {i}", own[i]);
         return Err(FormatError::field(WEIGHTS, "encoder bias", "none beside pre_encoder_bias", found));
     }
@@ -152,7 +183,7 @@ pub fn write(sae: &Sae, metadata: &SaeMetadata) -> Result<(Vec<u8>, Vec<u8>), Fo
     ] {
         cfg.insert(key.to_owned(), value);
     }
-    let layers: Vec<usize> = metadata.tap.iter().map(|tap| tap.layer).collect();
+    let layers = layer_numbers(metadata)?;
     for (key, value) in [
         ("layers", json!(layers)),
         ("auxk", json!(256)),
@@ -236,6 +267,14 @@ mod tests {
         let (config, bytes) = write(&sae, &metadata).unwrap();
         let (again, _) = read(&config, &bytes).unwrap();
         assert_eq!(again, sae);
+        let layers = metadata.layers.clone().unwrap();
+        assert_eq!(layers.layers.iter().map(|layer| layer.tap.layer).collect::<Vec<_>>(), [1, 5]);
+        let mut scaled = metadata.clone();
+        scaled.layers = Some(MultiLayer::new(
+            layers.layers.into_iter().map(|layer| Layer { scale: 2.0, ..layer }).collect(),
+            Vec::new(),
+        ));
+        assert!(write(&sae, &scaled).unwrap_err().to_string().contains("layers"));
         let written: Value = serde_json::from_slice(&config).unwrap();
         assert_eq!(
             (&written["layers"], &written["auxk"], &written["standardize"]),

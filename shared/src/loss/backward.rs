@@ -17,7 +17,7 @@ pub struct Gradients {
     pub w_dec: Vec<f64>,
     /// `[d_out]`.
     pub b_dec: Vec<f64>,
-    /// `[n]`, of the threshold parameter (pseudo-gradient).
+    /// `[n]` or `[n, L]`, of the threshold parameters (pseudo-gradient).
     pub threshold: Vec<f64>,
     /// `[n]`.
     pub r_mag: Vec<f64>,
@@ -38,7 +38,7 @@ impl Gradients {
             b_enc: vec![0.0; n],
             w_dec: vec![0.0; sae.w_dec.len()],
             b_dec: vec![0.0; sae.b_dec.len()],
-            threshold: scalars(jump),
+            threshold: vec![0.0; if jump { n * sae.n_layers() } else { 0 }],
             r_mag: scalars(gated),
             b_mag: scalars(gated),
             w_skip: vec![0.0; sae.w_skip.as_ref().map_or(0, Vec::len)],
@@ -94,7 +94,8 @@ impl TrainSae {
         for term in &pass.terms {
             for (row_index, residual) in term.residual.chunks_exact(d).enumerate() {
                 // G_X̂ = (2/N) w R
-                let g_out: Vec<f64> = residual.iter().map(|r| 2.0 * term.weight / n_rows * r).collect();
+                let g_out: Vec<f64> =
+                    residual.iter().map(|r| 2.0 * term.weight_of(row_index) / n_rows * r).collect();
                 let trains_decoder = term.path != Path::Frozen;
                 if term.affine && trains_decoder {
                     add_scaled(&mut gradients.b_dec, 1.0, &g_out);
@@ -114,6 +115,14 @@ impl TrainSae {
                         _ => {}
                     }
                 }
+            }
+        }
+        for (row_index, g_out) in pass.beside.chunks_exact(d).enumerate() {
+            add_scaled(&mut gradients.b_dec, 1.0, g_out);
+            for i in 0..n {
+                let at = row_index * n + i;
+                add_scaled(&mut gradients.w_dec[i * d..(i + 1) * d], pass.f[at], g_out);
+                through[at] += dot(g_out, self.direction(i));
             }
         }
         (through, direct)
@@ -143,15 +152,17 @@ impl TrainSae {
                 same(g_direct + if f > 0.0 { g_f + g_penalty } else { 0.0 })
             }
             Latents::JumpRelu { parametrisation, bandwidth, .. } => {
-                let theta = self.theta(i);
+                let layer = objective.examples.layer(at / self.n_latents());
+                let theta = self.theta(i, layer);
                 let pulled = objective.dead_pull.as_ref().filter(|pull| pull.dead[i] && z < theta);
                 let pull = pulled.map_or(0.0, |pull| pull.weight / n_rows);
                 let mut g_theta = pull;
                 if in_window(z, theta, *bandwidth) {
-                    let lambda = objective.sparsity.effective_lambda(pass.losses.l0);
+                    let lambda = pass.levels.lambda(&objective.sparsity, layer);
                     g_theta -= (theta * g_f + lambda / n_rows) / bandwidth;
                 }
-                gradients.threshold[i] += parametrisation.derivative(theta) * g_theta;
+                gradients.threshold[self.threshold_at(i, layer)] +=
+                    parametrisation.derivative(theta) * g_theta;
                 same(g_direct - pull + (g_f + g_penalty) * step(z, theta))
             }
             Latents::Gated { r_mag, .. } => {

@@ -2,7 +2,7 @@
 
 use super::gated::Paths;
 use super::topk::{largest, largest_of_rows};
-use super::{Latents, Losses, Objective, TrainSae, add_scaled, dot, to_f64};
+use super::{AuxForm, AuxK, Examples, Latents, Levels, Losses, Objective, TrainSae, add_scaled, dot, to_f64};
 use crate::error::ShapeError;
 use crate::jumprelu::jumprelu;
 use crate::rows::Rows;
@@ -27,6 +27,8 @@ pub struct Term {
     pub residual: Vec<f64>,
     /// Weight of the mean squared residual.
     pub weight: f64,
+    /// Weight of each row in that mean `[N]`; empty for 1.
+    pub rows: Vec<f64>,
     /// The latents that are decoded are the first so many.
     pub(super) n_latents: usize,
     /// Whether decoding adds `b_dec` and the skip connection, and trains them.
@@ -35,10 +37,20 @@ pub struct Term {
 }
 
 impl Term {
-    /// `mean ‖residual‖²`.
+    /// `mean ‖residual‖²` over `n_rows` rows, by their weights.
     #[must_use]
     pub fn mse(&self, n_rows: usize) -> f64 {
-        dot(&self.residual, &self.residual) / to_f64(n_rows)
+        if self.rows.is_empty() {
+            return dot(&self.residual, &self.residual) / to_f64(n_rows);
+        }
+        let rows = self.residual.chunks_exact((self.residual.len() / n_rows.max(1)).max(1));
+        rows.zip(&self.rows).map(|(row, weight)| weight * dot(row, row)).sum::<f64>() / to_f64(n_rows)
+    }
+
+    /// The weight of the squared residual of row `row`.
+    #[must_use]
+    pub fn weight_of(&self, row: usize) -> f64 {
+        self.weight * self.rows.get(row).copied().unwrap_or(1.0)
     }
 }
 
@@ -53,6 +65,10 @@ pub struct Pass {
     pub residual: Vec<f64>,
     /// The decoding terms of the loss.
     pub terms: Vec<Term>,
+    /// What terms that are no sum of squares have as their gradient in the reconstruction, `[N, d_out]`; empty without one.
+    pub beside: Vec<f64>,
+    /// Mean L0.
+    pub levels: Levels,
     /// The loss.
     pub losses: Losses,
 }
@@ -70,15 +86,16 @@ impl TrainSae {
             let input = self.encoder_input(row);
             z.extend((0..n).map(|i| dot(self.encoder(i), &input) + self.b_enc[i]));
         }
-        let f = self.activate(&z, x.n_rows());
+        let f = self.activate(&z, x.n_rows(), &objective.examples);
         let nu = objective.normaliser;
-        let whole = self.affine_term(&f, x, y, 1.0 / nu);
+        let weights = &objective.examples.weights;
+        let whole = self.affine_term(&f, x, y, 1.0 / nu, weights);
         let residual = whole.residual.clone();
         let mut terms = Vec::new();
         for prefix in &objective.prefixes {
             let cut = |(i, &f): (usize, &f64)| if i % n < prefix.n_latents { f } else { 0.0 };
             let values: Vec<f64> = f.iter().enumerate().map(cut).collect();
-            let term = self.affine_term(&values, x, y, prefix.weight / nu);
+            let term = self.affine_term(&values, x, y, prefix.weight / nu, weights);
             terms.push(Term { n_latents: prefix.n_latents, ..term });
         }
         if terms.is_empty() {
@@ -86,37 +103,41 @@ impl TrainSae {
         }
         if let Some(multi) = &objective.multi {
             let chosen = largest_of_rows(&z, n, multi.k, |_| true);
-            let term = self.affine_term(&select(&z, &chosen), x, y, multi.weight / nu);
+            let term = self.affine_term(&select(&z, &chosen), x, y, multi.weight / nu, weights);
             terms.push(Term { path: Path::Direct, ..term });
         }
         let n_reconstructions = terms.len();
         if let Latents::Gated { .. } = self.latents {
             let values: Vec<f64> = z.iter().map(|z| z.max(0.0)).collect();
-            let term = self.affine_term(&values, x, y, 1.0 / nu);
+            let term = self.affine_term(&values, x, y, 1.0 / nu, weights);
             terms.push(Term { path: Path::Frozen, ..term });
         }
-        terms.extend(self.aux_term(&z, &residual, objective));
+        let (aux, beside) = self.aux_term(&z, &residual, objective).unzip();
+        terms.extend(aux);
         let error = |terms: &[Term]| terms.iter().map(|t| t.weight * t.mse(x.n_rows())).sum::<f64>();
         let (reconstruction, decoded) =
             (error(&terms[..n_reconstructions]), error(&terms[n_reconstructions..]));
         let (rows, l0) = (to_f64(x.n_rows()), to_f64(f.iter().filter(|f| **f > 0.0).count()));
+        let levels = objective.levels(f.chunks_exact(n).map(|f| f.iter().filter(|f| **f > 0.0).count()));
         let losses = Losses {
             mse: dot(&residual, &residual) / rows,
             reconstruction,
-            sparsity: objective.sparsity.of_l0(l0 / rows) + self.norm_penalty(&z, &f, objective) / rows,
+            sparsity: levels.term(&objective.sparsity) + self.norm_penalty(&z, &f, objective) / rows,
             auxiliary: decoded + self.dead_pull(&z, objective) / rows,
             l0: l0 / rows,
         };
-        Ok(Pass { z, f, residual, terms, losses })
+        Ok(Pass { z, f, residual, terms, beside: beside.unwrap_or_default(), levels, losses })
     }
 
-    fn activate(&self, z: &[f64], n_rows: usize) -> Vec<f64> {
+    fn activate(&self, z: &[f64], n_rows: usize, examples: &Examples) -> Vec<f64> {
         let n = self.n_latents();
         match &self.latents {
             Latents::Relu => z.iter().map(|z| z.max(0.0)).collect(),
-            Latents::JumpRelu { .. } => {
-                z.iter().enumerate().map(|(i, &z)| jumprelu(z, self.theta(i % n))).collect()
-            }
+            Latents::JumpRelu { .. } => z
+                .iter()
+                .enumerate()
+                .map(|(i, &z)| jumprelu(z, self.theta(i % n, examples.layer(i / n))))
+                .collect(),
             Latents::Gated { .. } => {
                 z.iter().enumerate().map(|(i, &z)| self.paths(z, i % n).value()).collect()
             }
@@ -125,12 +146,12 @@ impl TrainSae {
         }
     }
 
-    /// θ of one latent of a JumpReLU; 0 for every other latent function.
+    /// θ of one latent of a JumpReLU at a layer; 0 for every other latent function.
     #[must_use]
-    pub fn theta(&self, latent: usize) -> f64 {
+    pub fn theta(&self, latent: usize, layer: usize) -> f64 {
         match &self.latents {
             Latents::JumpRelu { threshold, parametrisation, .. } => {
-                parametrisation.threshold(threshold[latent])
+                parametrisation.threshold(threshold[self.threshold_at(latent, layer)])
             }
             _ => 0.0,
         }
@@ -147,7 +168,7 @@ impl TrainSae {
     }
 
     /// The term of `values` decoded with bias and skip connection, against `y`.
-    fn affine_term(&self, values: &[f64], x: Rows<'_>, y: Rows<'_>, weight: f64) -> Term {
+    fn affine_term(&self, values: &[f64], x: Rows<'_>, y: Rows<'_>, weight: f64, rows: &[f64]) -> Term {
         let n = self.n_latents();
         let mut residual = Vec::with_capacity(y.data().len());
         for ((values, x), y) in values.chunks_exact(n).zip(x).zip(y) {
@@ -161,16 +182,28 @@ impl TrainSae {
             }
             residual.extend(error);
         }
-        Term { values: values.to_vec(), residual, weight, n_latents: n, affine: true, path: Path::Latents }
+        Term {
+            values: values.to_vec(),
+            residual,
+            weight,
+            rows: rows.to_vec(),
+            n_latents: n,
+            affine: true,
+            path: Path::Latents,
+        }
     }
 
-    /// AuxK: the largest dead latents decoded, without bias, against what the dictionary leaves, which counts as constant.
-    /// Its weight is divided by the variance of what is left; where nothing is left or no latent is dead, there is no term.
-    fn aux_term(&self, z: &[f64], residual: &[f64], objective: &Objective) -> Option<Term> {
+    /// AuxK: the largest dead latents decoded against what the dictionary leaves, in the form asked for, with its gradient in the
+    /// reconstruction. Its weight is divided by the variance of what is left; where nothing is left or no latent is dead, there
+    /// is no term.
+    fn aux_term(&self, z: &[f64], residual: &[f64], objective: &Objective) -> Option<(Term, Vec<f64>)> {
         let aux = objective.aux_k.as_ref()?;
         let (n, d) = (self.n_latents(), self.d_out);
         let chosen = largest_of_rows(z, n, aux.k, |i| aux.dead[i]);
         let values = select(z, &chosen);
+        if aux.form == AuxForm::Mlsae {
+            return self.mlsae_aux(values, residual, aux, &objective.examples);
+        }
         let variance = variance(residual, d);
         if !aux.dead.contains(&true) || variance <= 0.0 {
             return None;
@@ -185,7 +218,44 @@ impl TrainSae {
             left.extend(error);
         }
         let weight = aux.weight / variance;
-        Some(Term { values, residual: left, weight, n_latents: n, affine: false, path: Path::Direct })
+        let (rows, path) = (Vec::new(), Path::Direct);
+        Some((Term { values, residual: left, weight, rows, n_latents: n, affine: false, path }, Vec::new()))
+    }
+
+    /// [`AuxForm::Mlsae`]: with `r = x̂ − y = −e` and `c = σ r + ê`, `A = Σ ‖c‖²` and `B = Σ σ² ‖r − r̄‖²`, the term is `w A / B`, and its
+    /// gradient in x̂ `2w (σ c / B − A/B² σ² (r − r̄))`.
+    fn mlsae_aux(
+        &self,
+        values: Vec<f64>,
+        residual: &[f64],
+        aux: &AuxK,
+        examples: &Examples,
+    ) -> Option<(Term, Vec<f64>)> {
+        let (n, d) = (self.n_latents(), self.d_out);
+        let (mut apart, mut centred) = (Vec::new(), Vec::new());
+        for (row, (values, r)) in values.chunks_exact(n).zip(residual.chunks_exact(d)).enumerate() {
+            let deviation = examples.deviation(row);
+            let mut c = self.b_dec.clone();
+            add_scaled(&mut c, deviation, r);
+            for (i, &value) in values.iter().enumerate() {
+                add_scaled(&mut c, value, self.direction(i));
+            }
+            let mean = r.iter().sum::<f64>() / to_f64(d);
+            centred.extend(r.iter().map(|r| deviation * (r - mean)));
+            apart.extend(c);
+        }
+        let (above, below) = (dot(&apart, &apart), dot(&centred, &centred));
+        if !aux.dead.contains(&true) || below <= 0.0 {
+            return None;
+        }
+        let gradient = |(at, (c, centred)): (usize, (&f64, &f64))| {
+            let deviation = examples.deviation(at / d);
+            2.0 * aux.weight * deviation * (c / below - above / (below * below) * centred)
+        };
+        let beside = apart.iter().zip(&centred).enumerate().map(gradient).collect();
+        let weight = aux.weight / below * to_f64(apart.len() / d);
+        let (rows, path) = (Vec::new(), Path::Direct);
+        Some((Term { values, residual: apart, weight, rows, n_latents: n, affine: true, path }, beside))
     }
 
     /// Σ over rows and latents of the norm penalty.
@@ -211,7 +281,8 @@ impl TrainSae {
         let Some(pull) = &objective.dead_pull else { return 0.0 };
         let n = self.n_latents();
         let pulled = |(i, &z): (usize, &f64)| {
-            if pull.dead[i % n] { pull.weight * (self.theta(i % n) - z).max(0.0) } else { 0.0 }
+            let theta = self.theta(i % n, objective.examples.layer(i / n));
+            if pull.dead[i % n] { pull.weight * (theta - z).max(0.0) } else { 0.0 }
         };
         z.iter().enumerate().map(pulled).sum()
     }

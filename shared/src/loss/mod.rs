@@ -12,16 +12,20 @@
 //! - [`Sparsity`] is the sparsity term: on L0, or a norm of the latents, annealed or not (arXiv 2408.00113).
 //! - [`Objective`] has the rest: nested prefixes (Matryoshka, arXiv 2503.17547), AuxK and multi-TopK (arXiv 2406.04093).
 //!
+//! What is said of each row, such as the layer of a multi-layer SAE it is of, is in [`Examples`]; thresholds may be each layer's own.
+//!
 //! `forward` computes the loss as a sum of [`Term`]s, each a decoded set of values with its residual; `backward` walks back
 //! through them. Weights are latent-major, `[n, d]`, as everywhere.
 
 mod backward;
+mod examples;
 mod forward;
 mod gated;
 mod sparsity;
 pub mod topk;
 
 pub use backward::Gradients;
+pub use examples::{Examples, Levels};
 pub use forward::{Pass, Term};
 pub use sparsity::{Parametrisation, Sparsity};
 
@@ -33,7 +37,7 @@ use crate::rows::Rows;
 pub enum Latents {
     /// `f = max(z, 0)`.
     Relu,
-    /// `f = z · H(z − θ)` with a threshold parameter of each latent `[n]`.
+    /// `f = z · H(z − θ)` with a threshold parameter of each latent `[n]`, or of each latent at each layer `[n, L]`.
     JumpRelu {
         /// Threshold parameters, log θ or θ.
         threshold: Vec<f64>,
@@ -71,9 +75,24 @@ pub struct Prefix {
     pub weight: f64,
 }
 
+/// What AuxK measures.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AuxForm {
+    /// `mean ‖e − ê‖² / mean ‖e − ē‖²` with `ē` the mean row, `ê` decoded without a bias, and `e = y − x̂` constant (arXiv 2406.04093
+    /// §2.4).
+    #[default]
+    Gao,
+    /// As in multi-layer SAEs: `e` with the scaling of its row undone, `ê` with `b_dec` and scaled as the encoder reads, `ē` the mean
+    /// of a row's own elements, and `e` not constant (arXiv 2409.04185 §3 and its code).
+    Mlsae,
+}
+
 /// The `k` largest dead latents of a row reconstruct what is left (arXiv 2406.04093 §2.4).
 #[derive(Debug, Clone, PartialEq)]
 pub struct AuxK {
+    /// What is measured.
+    pub form: AuxForm,
     /// Latents a row, at most.
     pub k: usize,
     /// Weight of the term.
@@ -115,13 +134,26 @@ pub struct Objective {
     pub dead_pull: Option<DeadPull>,
     /// ν, what squared errors are divided by.
     pub normaliser: f64,
+    /// What is said of each row. Weights are those of every reconstruction, but not of AuxK, which is measured by what is left.
+    pub examples: Examples,
+    /// Whether the term in L0 is one of each layer's own mean, weighted by its rows.
+    pub l0_by_layer: bool,
 }
 
 impl Objective {
     /// Mean squared error and `sparsity`, nothing else.
     #[must_use]
     pub fn plain(sparsity: Sparsity) -> Self {
-        Self { sparsity, prefixes: Vec::new(), aux_k: None, multi: None, dead_pull: None, normaliser: 1.0 }
+        Self {
+            sparsity,
+            prefixes: Vec::new(),
+            aux_k: None,
+            multi: None,
+            dead_pull: None,
+            normaliser: 1.0,
+            examples: Examples::default(),
+            l0_by_layer: false,
+        }
     }
 }
 
@@ -178,6 +210,21 @@ impl TrainSae {
         self.b_enc.len()
     }
 
+    /// Layers with thresholds of their own; 1 where all share them.
+    #[must_use]
+    pub fn n_layers(&self) -> usize {
+        match &self.latents {
+            Latents::JumpRelu { threshold, .. } => (threshold.len() / self.n_latents().max(1)).max(1),
+            _ => 1,
+        }
+    }
+
+    /// Where the threshold parameter of `latent` at `layer` is.
+    fn threshold_at(&self, latent: usize, layer: usize) -> usize {
+        let n_layers = self.n_layers();
+        latent * n_layers + if n_layers > 1 { layer } else { 0 }
+    }
+
     fn encoder(&self, latent: usize) -> &[f64] {
         &self.w_enc[latent * self.d_in..(latent + 1) * self.d_in]
     }
@@ -205,7 +252,9 @@ impl TrainSae {
         check_len("w_dec", &[n, self.d_out], self.w_dec.len())?;
         check_len("b_dec", &[self.d_out], self.b_dec.len())?;
         match &self.latents {
-            Latents::JumpRelu { threshold, .. } => check_len("threshold", &[n], threshold.len())?,
+            Latents::JumpRelu { threshold, .. } => {
+                check_len("threshold", &[n, self.n_layers()], threshold.len())?;
+            }
             Latents::Gated { r_mag, b_mag } => {
                 check_len("r_mag", &[n], r_mag.len())?;
                 check_len("b_mag", &[n], b_mag.len())?;
@@ -222,6 +271,7 @@ impl TrainSae {
         for dead in dead.into_iter().chain(objective.dead_pull.as_ref().map(|pull| &pull.dead)) {
             check_len("dead", &[n], dead.len())?;
         }
+        objective.examples.check(x.n_rows(), self.n_layers())?;
         if x.n_rows() == 0 {
             return Err(ShapeError::Dimension { name: "x", dimension: "n_rows", value: 0 });
         }

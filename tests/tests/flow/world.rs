@@ -83,7 +83,8 @@ pub(crate) fn world(rows: RowScaling) -> World {
         Layer { tap, scale: if rows.is_none() { scale } else { 1.0 }, max_input_norm: limit }
     };
     let layers = TAPS.into_iter().enumerate().map(layer).collect();
-    let metadata = SaeMetadata { layers: Some(MultiLayer { layers }), ..SaeMetadata::default() };
+    let metadata =
+        SaeMetadata { layers: Some(MultiLayer::new(layers, Vec::new())), ..SaeMetadata::default() };
     let passage = |id: &str, from: usize| Passage {
         id: id.to_owned(),
         title: id.to_uppercase(),

@@ -167,7 +167,7 @@ impl<'a> Dictionary<'a> {
             (None, None) => {
                 let points = taps.iter().map(|tap| tap.point).filter(|point| point.site == Site::Resid);
                 let layer = |tap| Layer { tap, scale: 1.0, max_input_norm: None };
-                MultiLayer { layers: points.map(layer).collect() }
+                MultiLayer::new(points.map(layer).collect(), Vec::new())
             }
         };
         ensure!(!layers.layers.is_empty(), "the store holds no layer of the residual stream");

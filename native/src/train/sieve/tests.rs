@@ -1,6 +1,6 @@
 //! What the sieve keeps against the f32 product alone, bit for bit; and that a bound that is too small would be noticed.
 
-use super::super::encode::{Encoded, Keep, Selection, encode_through};
+use super::super::encode::{Cuts, Encoded, Keep, Selection, encode_through};
 use super::super::params::{Latents, Tensors};
 use super::*;
 
@@ -23,7 +23,10 @@ fn inputs(n: usize, d: usize, n_rows: usize, scale: impl Fn(usize) -> [f32; 2]) 
     tensors.w_enc = (0..n * d).map(|i| noise.next() * scale(i)[0]).collect();
     tensors.b_enc = (0..n).map(|_| noise.next() * 0.05).collect();
     let input = (0..n_rows * d).map(|i| noise.next() * scale(i)[1]).collect();
-    (Params { d_in: d, d_out: d, tensors, latents: Latents::Relu, pre_bias: false }, input)
+    (
+        Params { d_in: d, d_out: d, tensors, latents: Latents::Relu, pre_bias: false, encoder_bias: true },
+        input,
+    )
 }
 
 /// The bits of everything that was kept.
@@ -46,7 +49,7 @@ fn compare(name: &str, params: &Params, input: &[f32], quantile: f32) -> Vec<f64
     let all = encode_through(
         params,
         input,
-        Selection { keep: Keep::Above(&vec![f32::NEG_INFINITY; n]), dead: None },
+        Selection { keep: Keep::Above(Cuts::of_latents(&vec![f32::NEG_INFINITY; n])), dead: None },
         None,
     );
     // A cut that is exactly one of the latent's own values, so that "above" has to be decided to the last bit.
@@ -62,11 +65,16 @@ fn compare(name: &str, params: &Params, input: &[f32], quantile: f32) -> Vec<f64
         .collect();
     let just_below: Vec<f32> = exact.iter().map(|cut| cut.next_down()).collect();
     let dead: Vec<bool> = (0..n).map(|i| i % 3 == 0).collect();
+    // Rows in turn of three layers with cuts of their own.
+    let layers: Vec<u16> = [0, 1, 2].into_iter().cycle().take(n_rows).collect();
+    let by_layer: Vec<f32> = exact.iter().flat_map(|&cut| [cut, cut.next_down(), 0.7 * cut]).collect();
+    let zeros = vec![0.0; n];
     let selections = [
-        Selection { keep: Keep::Above(&exact), dead: None },
-        Selection { keep: Keep::Above(&just_below), dead: Some((&dead, 4)) },
-        Selection { keep: Keep::Above(&vec![0.0; n]), dead: None },
+        Selection { keep: Keep::Above(Cuts::of_latents(&exact)), dead: None },
+        Selection { keep: Keep::Above(Cuts::of_latents(&just_below)), dead: Some((&dead, 4)) },
+        Selection { keep: Keep::Above(Cuts::of_latents(&zeros)), dead: None },
         Selection { keep: Keep::Largest(5), dead: Some((&dead, 3)) },
+        Selection { keep: Keep::Above(Cuts::of_layers(&by_layer, 3, &layers)), dead: None },
         Selection { keep: Keep::Largest(1), dead: None },
         Selection { keep: Keep::Largest(0), dead: Some((&dead, 0)) },
     ];
@@ -139,9 +147,9 @@ fn a_sieve_that_trusts_bf16_is_found_out() {
     let cuts = vec![4.0; 1024];
     let dead = vec![true; 1024];
     for selection in [
-        Selection { keep: Keep::Above(&cuts), dead: None },
+        Selection { keep: Keep::Above(Cuts::of_latents(&cuts)), dead: None },
         Selection { keep: Keep::Largest(8), dead: None },
-        Selection { keep: Keep::Above(&[f32::INFINITY; 1024]), dead: Some((&dead, 8)) },
+        Selection { keep: Keep::Above(Cuts::of_latents(&[f32::INFINITY; 1024])), dead: Some((&dead, 8)) },
     ] {
         let plain = bits(&encode_through(&params, &input, selection, None).unwrap());
         assert!(!plain.is_empty());
@@ -178,4 +186,27 @@ fn no_bf16_value_is_further_off_than_its_bound() {
         // With two values the bound is nearly reached.
         assert!(d > 2 || tightest < 1.5, "d {d}: {tightest}");
     }
+}
+
+#[test]
+fn every_layer_has_cuts_of_its_own() {
+    let (n, n_rows) = (150, 130);
+    let (params, input) = inputs(n, 40, n_rows, |_| [0.2, 1.0]);
+    let layers: Vec<u16> = (0..n_rows).map(|row| [2, 0, 1, 2][row % 4]).collect();
+    let mut noise = Noise(3);
+    let cuts: Vec<f32> = (0..n * 3).map(|_| 1.0 + noise.next()).collect();
+    let run = |cuts: Cuts<'_>| {
+        let selection = Selection { keep: Keep::Above(cuts), dead: None };
+        encode_through(&params, &input, selection, None).unwrap().kept
+    };
+    let (all, own) =
+        (run(Cuts::of_latents(&vec![f32::NEG_INFINITY; n])), run(Cuts::of_layers(&cuts, 3, &layers)));
+    let mut n_kept = 0;
+    for row in 0..n_rows {
+        let above = |c: &&Candidate| c.z > cuts[c.latent as usize * 3 + usize::from(layers[row])];
+        let wanted: Vec<Candidate> = all.row(row).iter().filter(above).copied().collect();
+        assert_eq!(own.row(row), wanted, "row {row}");
+        n_kept += wanted.len();
+    }
+    assert!((1000..n * n_rows - 1000).contains(&n_kept), "{n_kept}");
 }

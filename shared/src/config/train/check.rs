@@ -1,7 +1,8 @@
 //! What a training configuration must satisfy that types cannot say.
 
-use super::{LatentFunction, Layers, Normalise, ThresholdInit, TrainConfig};
+use super::{LatentFunction, Layers, Normalise, ThresholdInit, Thresholds, TrainConfig};
 use crate::config::ConfigError;
+use crate::loss::AuxForm;
 
 impl TrainConfig {
     /// Checks what types cannot say, key by key and across keys.
@@ -86,7 +87,17 @@ impl TrainConfig {
                 "scalar: a transcoder has two scales",
             ));
         }
-        let Some(layers) = &self.layers else { return Ok(()) };
+        if self.thresholds == Thresholds::PerLayer
+            && !(self.layers.is_some() && self.activation == LatentFunction::JumpRelu)
+        {
+            let expected = "per_latent, but for a jumprelu over several layers";
+            return Err(ConfigError::value("thresholds", "per_layer", expected));
+        }
+        let Some(layers) = &self.layers else {
+            let expected = "layers to make one autoencoder each for";
+            let fault = || ConfigError::value("each_layer", true, expected);
+            return if self.each_layer { Err(fault()) } else { Ok(()) };
+        };
         if self.tap.is_some() || self.target.is_some() {
             return Err(ConfigError::value(
                 "layers",
@@ -120,6 +131,19 @@ impl TrainConfig {
         only("decoder_norm", self.decoder_norm, norm, "true".to_owned())?;
         only("p_end", self.p_end < 1.0, norm, self.p_end.to_string())?;
         only("multi_topk", self.multi_topk, self.activation == LatentFunction::TopK, "true".to_owned())?;
+        only("encoder_bias", !self.encoder_bias, !norm, "false".to_owned())?;
+        if self.target.is_some() {
+            if !self.encoder_bias {
+                return Err(ConfigError::value(
+                    "encoder_bias",
+                    false,
+                    "true: a transcoder has no other bias",
+                ));
+            }
+            if self.aux_form == AuxForm::Mlsae {
+                return Err(ConfigError::value("aux_form", "mlsae", "gao: this is a transcoder"));
+            }
+        }
         only("dead_loss", self.dead_loss > 0.0, jump, self.dead_loss.to_string())?;
         if chooses && !(1..=self.width).contains(&self.k) {
             return Err(ConfigError::value("k", self.k, "from 1 to the width"));

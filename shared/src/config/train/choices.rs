@@ -27,6 +27,9 @@ pub enum FromData {
 pub enum DecoderBiasInit {
     /// The mean of the first vectors.
     Mean,
+    /// Their geometric median, which long vectors pull at no more than short ones (arXiv 2409.04185 §3, as OpenAI's and Anthropic's).
+    #[serde(rename = "geometric_median")]
+    GeometricMedian,
     /// Zero, as published.
     Zero,
 }
@@ -89,6 +92,29 @@ pub enum Layers {
 pub enum AllLayers {
     /// Every layer.
     All,
+}
+
+/// What has a threshold of its own.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Thresholds {
+    /// Each latent.
+    #[default]
+    PerLatent,
+    /// Each latent at each layer of a multi-layer SAE.
+    PerLayer,
+}
+
+/// What is minimised of the reconstruction.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Loss {
+    /// The mean squared error of normalised vectors.
+    #[default]
+    Mse,
+    /// The mean over layers of the batch's FVU in raw units: squared errors over the variance of all elements of the layer
+    /// (arXiv 2409.04185 §3).
+    Fvu,
 }
 
 /// How vectors are brought to one length before training, and so by the autoencoder.

@@ -12,11 +12,12 @@ mod check;
 mod choices;
 
 pub use choices::{
-    AllLayers, DecoderBiasInit, EncoderPrecision, FromData, LatentFunction, Layers, Normalise, ThresholdInit,
+    AllLayers, DecoderBiasInit, EncoderPrecision, FromData, LatentFunction, Layers, Loss, Normalise,
+    ThresholdInit, Thresholds,
 };
 
 use super::Count;
-use crate::loss::Parametrisation;
+use crate::loss::{AuxForm, Parametrisation};
 use crate::tap::{Site, TapPoint};
 
 /// Configuration of a training run; every key has a default except what names the data.
@@ -32,8 +33,14 @@ pub struct TrainConfig {
     pub layers: Option<Layers>,
     /// The sites of `layers`.
     pub sites: Vec<Site>,
+    /// Whether this stands for one autoencoder for each of `layers`, alike in everything else: the controls of a multi-layer SAE.
+    /// Each sees as many vectors as is said here.
+    pub each_layer: bool,
     /// How vectors are brought to one length.
     pub normalise: Normalise,
+    /// What is minimised of the reconstruction: `mse` of normalised vectors, or as published for multi-layer SAEs the mean over layers
+    /// of the batch's `fvu`.
+    pub loss: Loss,
     /// The tap to reconstruct instead, such as `mlp.14` with `tap = "mlp_in.14"`: a transcoder.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target: Option<TapPoint>,
@@ -45,6 +52,9 @@ pub struct TrainConfig {
     pub activation: LatentFunction,
     /// Active latents a row of `topk` and `batchtopk`.
     pub k: usize,
+    /// What has a threshold of its own: each latent (`per_latent`), or each latent at each layer (`per_layer`), with `target_l0` as
+    /// the target of every layer. `jumprelu` over several layers only.
+    pub thresholds: Thresholds,
     /// Mean number of active latents to reach and hold; exclusive with `lambda`. A JumpReLU gets a quadratic term in its L0;
     /// where a norm is penalised, its weight is steered.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -70,6 +80,8 @@ pub struct TrainConfig {
     pub aux_k: usize,
     /// Weight of AuxK, 1/32 as published.
     pub aux_weight: f64,
+    /// What AuxK measures: `gao` as published for top-k, or `mlsae` as published for multi-layer SAEs.
+    pub aux_form: AuxForm,
     /// Whether the 4k largest reconstruct too, at a weight of 1/8 (multi-TopK); `topk` only.
     pub multi_topk: bool,
     /// Weight of the loss that pulls dead latents towards their thresholds; 0 = none. `jumprelu` only.
@@ -123,6 +135,8 @@ pub struct TrainConfig {
     pub decoder_bias_init: DecoderBiasInit,
     /// Whether the encoder reads `x − b_dec`; a transcoder never does.
     pub pre_bias: bool,
+    /// Whether the encoder has a bias; without one, as mlsae and its files, `z = W (x − b_dec)`.
+    pub encoder_bias: bool,
     /// Vectors longer than this many times the median norm are not trained on (massive activations, see
     /// `native::train::normalise`); 0 trains on all. One vector of eight times the median norm in a batch is enough to set
     /// a run back by hundreds of steps (resid.14 of SmolLM2-135M, width 4096: FVU from 0.19 to 0.22 and no better
@@ -148,12 +162,15 @@ impl Default for TrainConfig {
             tap: None,
             layers: None,
             sites: vec![Site::Resid],
+            each_layer: false,
             normalise: Normalise::Scalar,
+            loss: Loss::Mse,
             target: None,
             skip: false,
             width: 4096,
             activation: LatentFunction::JumpRelu,
             k: 0,
+            thresholds: Thresholds::PerLatent,
             target_l0: None,
             lambda: None,
             target_weight: 10.0,
@@ -164,6 +181,7 @@ impl Default for TrainConfig {
             prefixes: Vec::new(),
             aux_k: 0,
             aux_weight: 1.0 / 32.0,
+            aux_form: AuxForm::Gao,
             multi_topk: false,
             dead_loss: 0.0,
             resample_every: 0,
@@ -185,6 +203,7 @@ impl Default for TrainConfig {
             init_l0: 0.0,
             decoder_bias_init: DecoderBiasInit::Mean,
             pre_bias: true,
+            encoder_bias: true,
             max_norm: 4.0,
             dead_window: Count(300_000),
             encoder_precision: EncoderPrecision::F32,
@@ -303,6 +322,12 @@ mod tests {
             ("activation = 'topk'\nk = 32\nprefixes = [0.5]", "prefixes"),
             ("activation = 'topk'\nk = 32\nbeta1 = 1.0", "beta1"),
             ("activation = 'topk'\nk = 32\ndead_loss = 1.0", "dead_loss"),
+            ("activation = 'topk'\nk = 32\nlayers = 'all'\nthresholds = 'per_layer'", "thresholds"),
+            ("target_l0 = 40\nthresholds = 'per_layer'", "thresholds"),
+            ("target_l0 = 40\neach_layer = true", "each_layer"),
+            ("activation = 'relu'\nlambda = 0.1\nencoder_bias = false", "encoder_bias"),
+            ("target_l0 = 40\ntarget = 'mlp.1'\ntap = 'mlp_in.1'\nencoder_bias = false", "encoder_bias"),
+            ("target_l0 = 40\ntarget = 'mlp.1'\ntap = 'mlp_in.1'\naux_form = 'mlsae'", "aux_form"),
         ] {
             let error = from(text).unwrap_err().to_string();
             assert!(error.contains(key), "{text}: {error}");
