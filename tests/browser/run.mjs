@@ -9,6 +9,7 @@ import { mkdirSync, readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
+import { flow } from "./flow.mjs";
 import { assertClean, hash, launch, open, Tally, waitHash } from "./harness.mjs";
 import { serve } from "./server.mjs";
 
@@ -23,9 +24,12 @@ const catalogue = JSON.parse(readFileSync(join(options.site, "packs/index.json")
 const { name: pack, path: folder } = catalogue.packs[0];
 const index = JSON.parse(readFileSync(join(options.site, "packs", folder, "index.json"), "utf8"));
 const texts = JSON.parse(readFileSync(join(options.site, "packs", folder, "texts.json"), "utf8"));
+const layered = catalogue.packs.find((entry) => entry.layers);
+const acrossLayers = layered && JSON.parse(readFileSync(join(options.site, "packs", layered.path, "flow.json"), "utf8"));
 const site = await serve(options.site);
 const tally = new Tally();
 const codes = {};
+const flowCodes = {};
 
 const go = async (page, route) => {
   await page.goto(`${site.url}${route}`);
@@ -41,13 +45,21 @@ async function readCodes(page) {
   return rows.map((row) => [...row.matchAll(/#(\d+)/g)].map((m) => Number(m[1])).sort((a, b) => a - b));
 }
 
+// The first latent that was removed from the first text across layers: the first number of a tensor.
+function removed() {
+  const bytes = readFileSync(join(options.site, "packs", layered.path, acrossLayers[0].file));
+  const length = Number(bytes.readBigUInt64LE(0));
+  const { effect_latents: tensor } = JSON.parse(bytes.subarray(8, 8 + length).toString());
+  return bytes.readUInt32LE(8 + length + tensor.data_offsets[0]);
+}
+
 async function flows(page, mode) {
   const wish = mode === "gpu" ? "backend=gpu" : "";
   const query = wish && `?${wish}`;
   await tally.check(`${mode}: overview shows every pack with its figures`, async () => {
     await go(page, `#/${query}`);
-    assert.equal(await page.locator("article.pack").count(), catalogue.packs.length);
     await page.waitForSelector("article.pack .chart svg rect");
+    assert.equal(await page.locator("article.pack").count(), catalogue.packs.length);
     await page.waitForFunction((m) => document.querySelector("details.backend")?.dataset.backend === m, mode);
     await page.click("details.backend summary");
     assert.match(await page.textContent("details.backend .popover"), mode === "gpu" ? /adapter/i : /No WebGPU here/);
@@ -88,6 +100,7 @@ async function flows(page, mode) {
   });
   await keyboard(page, mode);
   await tryIt(page, mode, query);
+  if (layered) await flow({ page, mode, query, pack: layered.name, texts: acrossLayers, removed: removed(), go, tally, codes: flowCodes });
   await tally.check(`${mode}: the conformance suite passes inside the page`, async () => {
     await go(page, `#/selftest${query}`);
     await page.waitForSelector("[data-selftest=done]", { timeout: 300_000 });
@@ -218,6 +231,7 @@ const ROUTES = {
   list: [`#/p/${pack}?sort=density`, ".rows .row"],
   feature: [`#/p/${pack}/f/1`, ".feature-grid"],
   try: [`#/p/${pack}/try?tok=5`, "#facts"],
+  ...(layered && { flow: [`#/p/${layered.name}/flow?tok=40&layer=10`, "#flow-panel[data-latent]"] }),
   selftest: [`#/selftest`, "[data-selftest=done]"],
   nowhere: [`#/no/such/page`, "main h1"],
 };
@@ -257,6 +271,14 @@ async function damage(browser) {
     ["a damaged index", "**/index.safetensors*", { body: "damaged" }, `#/p/${pack}`, /index.safetensors/],
     ["a damaged shard", "**/features/*.json*", { body: "{}" }, `#/p/${pack}/f/1`, /wanted \d+ bytes/],
     ["a missing encoder", "**/encoder.safetensors*", { status: 404, body: "" }, `#/p/${pack}/try`, /encoder.safetensors/],
+    ...(layered
+      ? [
+          ["a damaged text across layers", "**/flow/00.safetensors*", { body: "damaged" }, `#/p/${layered.name}/flow`, /flow\/00.safetensors/],
+          ["vectors that are missing", "**/flow/00.x.safetensors*", { status: 404, body: "" }, `#/p/${layered.name}/flow?live=1`, /HTTP status 404/],
+          ["a missing lens", "**/flow/lens/*", { status: 404, body: "" }, `#/p/${layered.name}/flow?latent=1`, /HTTP status 404/],
+          ["layers where there is one", null, null, `#/p/${pack}/flow`, /of one layer/],
+        ]
+      : []),
     ["an unknown pack", null, null, "#/p/no-such-pack", /no-such-pack/],
     ["a latent out of range", null, null, `#/p/${pack}/f/4000000000`, /latents 0 to/],
   ];
@@ -288,6 +310,7 @@ async function poll(question, timeout = 30_000) {
 
 async function offline(browser) {
   const { context, page, seen } = await open(browser, site.origin, { serviceWorkers: "allow" });
+  const visited = [ROUTES.overview, ROUTES.list, ROUTES.feature, ROUTES.try, ROUTES.flow].filter(Boolean);
   await tally.check("visited pages work offline, after a reload too", async () => {
     await go(page, "#/");
     await page.evaluate(() => navigator.serviceWorker.ready);
@@ -299,12 +322,12 @@ async function offline(browser) {
         return ["/pack.json", "/packs/index.json", ".wasm"].every((end) => kept.some((r) => new URL(r.url).pathname.endsWith(end)));
       }),
     );
-    for (const [route, ready] of [ROUTES.overview, ROUTES.list, ROUTES.feature, ROUTES.try]) {
+    for (const [route, ready] of visited) {
       await go(page, route);
       await page.waitForSelector(ready);
     }
     await context.setOffline(true);
-    for (const [route, ready] of [ROUTES.overview, ROUTES.list, ROUTES.feature, ROUTES.try]) {
+    for (const [route, ready] of visited) {
       await page.goto("about:blank");
       await go(page, route);
       await page.waitForSelector(ready);
@@ -325,6 +348,7 @@ for (const mode of ["gpu", "cpu"]) {
     await tally.check("both backends give the same active latents", async () => {
       assert.ok(codes.gpu?.flat().length > 0);
       assert.deepEqual(codes.cpu, codes.gpu);
+      assert.deepEqual(flowCodes.cpu, flowCodes.gpu);
     });
     await looks(browser);
     await damage(browser);

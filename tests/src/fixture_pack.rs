@@ -23,7 +23,7 @@ const SEQUENCE_LENGTH: usize = 24;
 const WINDOW: usize = 6;
 const LATENTS_PER_SHARD: usize = 8;
 
-const VOCABULARY: [&str; 32] = [
+pub(crate) const VOCABULARY: [&str; 32] = [
     "The",
     " the",
     " a",
@@ -116,13 +116,16 @@ pub fn sae() -> Result<Sae, PackError> {
 }
 
 /// Random sequences with an activation vector a token: the token's own direction and some noise.
-struct Corpus {
-    tokens: Vec<u32>,
-    x: Vec<f32>,
-    codes: Codes,
+pub(crate) struct Corpus {
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) x: Vec<f32>,
+    pub(crate) codes: Codes,
 }
 
-fn corpus(sae: &Sae, seed: u64, n_tokens: usize) -> Result<Corpus, PackError> {
+/// Tokens of the corpus.
+pub(crate) const N_TOKENS: usize = N_SEQUENCES * SEQUENCE_LENGTH;
+
+pub(crate) fn corpus(sae: &Sae, seed: u64, n_tokens: usize) -> Result<Corpus, PackError> {
     let mut stream = Stream::new(seed);
     let tokens: Vec<u32> = (0..n_tokens).map(|_| stream.below(VOCABULARY.len()) as u32).collect();
     let mut x = Vec::with_capacity(n_tokens * D_IN);
@@ -140,11 +143,20 @@ fn corpus(sae: &Sae, seed: u64, n_tokens: usize) -> Result<Corpus, PackError> {
 /// Never for these sizes; the writers check them.
 pub fn files() -> Result<BTreeMap<String, Vec<u8>>, PackError> {
     let sae = sae()?;
-    let corpus = corpus(&sae, 2, N_SEQUENCES * SEQUENCE_LENGTH)?;
+    let corpus = corpus(&sae, 2, N_TOKENS)?;
+    let mut files = described(&sae, &corpus)?;
+    add_texts(&sae, &mut files)?;
+    let manifest = manifest(&sae, &corpus, &files)?;
+    files.insert(pack::MANIFEST.to_owned(), manifest.write()?);
+    Ok(files)
+}
+
+/// The autoencoder, and what its latents respond to in `corpus`.
+pub(crate) fn described(sae: &Sae, corpus: &Corpus) -> Result<BTreeMap<String, Vec<u8>>, PackError> {
     let mut files = BTreeMap::new();
-    files.insert(pack::ENCODER.to_owned(), Encoder::of(&sae).write()?);
-    files.insert(pack::DECODER.to_owned(), Decoder::of(&sae).write()?);
-    let features: Vec<Feature> = (0..N_LATENTS).map(|latent| feature(&sae, &corpus, latent)).collect();
+    files.insert(pack::ENCODER.to_owned(), Encoder::of(sae).write()?);
+    files.insert(pack::DECODER.to_owned(), Decoder::of(sae).write()?);
+    let features: Vec<Feature> = (0..N_LATENTS).map(|latent| feature(sae, corpus, latent)).collect();
     let words: Vec<String> = VOCABULARY.iter().map(|&w| w.to_owned()).collect();
     for (shard, features) in features.chunks(LATENTS_PER_SHARD).enumerate() {
         let shard_files = FeatureShard { words: words.clone(), features: features.to_vec() };
@@ -152,12 +164,9 @@ pub fn files() -> Result<BTreeMap<String, Vec<u8>>, PackError> {
         files.insert(pack::shard_numbers(shard), numbers);
         files.insert(pack::shard_words(shard), json);
     }
-    let (numbers, json) = index(&corpus, &features).write()?;
+    let (numbers, json) = index(corpus, &features).write()?;
     files.insert(pack::INDEX_NUMBERS.to_owned(), numbers);
     files.insert(pack::INDEX_WORDS_FILE.to_owned(), json);
-    add_texts(&sae, &mut files)?;
-    let manifest = manifest(&sae, &corpus, &files)?;
-    files.insert(pack::MANIFEST.to_owned(), manifest.write()?);
     Ok(files)
 }
 
@@ -272,7 +281,11 @@ fn add_texts(sae: &Sae, files: &mut BTreeMap<String, Vec<u8>>) -> Result<(), Pac
     Ok(())
 }
 
-fn manifest(sae: &Sae, corpus: &Corpus, files: &BTreeMap<String, Vec<u8>>) -> Result<Manifest, PackError> {
+pub(crate) fn manifest(
+    sae: &Sae,
+    corpus: &Corpus,
+    files: &BTreeMap<String, Vec<u8>>,
+) -> Result<Manifest, PackError> {
     let mut density = Density::new(N_LATENTS);
     density.update(&corpus.codes)?;
     let mut fvu = Fvu::new(D_IN);

@@ -5,6 +5,7 @@
 )]
 
 pub mod compare;
+pub mod fixture_flow;
 pub mod fixture_pack;
 pub mod golden;
 pub mod impostor;

@@ -1,7 +1,9 @@
 //! The pack as a whole: what is written is read back, agrees with itself, and damage is noticed.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests assert by panicking")]
 
+use conformance::fixture_flow;
 use conformance::fixture_pack::{self, D_IN, N_LATENTS};
+use shared::pack::flow::{self, FlowEntry, FlowLatents, FlowText, FlowVectors, LensShard};
 use shared::pack::{self, Decoder, Encoder, FeatureShard, Group, Index, Manifest, Text, TextEntry};
 use shared::{Rows, reference};
 
@@ -67,5 +69,38 @@ fn truncated_files_are_refused() {
         assert!(FeatureShard::read(0, n, N_LATENTS, &files[&numbers], cut(&words)).is_err());
         assert!(TextEntry::read_list(cut(pack::TEXTS)).is_err());
         assert!(manifest.files[pack::ENCODER].verify(pack::ENCODER, cut(pack::ENCODER)).is_err());
+    }
+}
+
+#[test]
+fn the_fixture_of_several_layers_is_a_valid_pack_whose_codes_can_be_computed_again() {
+    let files = fixture_flow::files().unwrap();
+    let manifest = Manifest::read(&files[pack::MANIFEST]).unwrap();
+    for (path, entry) in &manifest.files {
+        entry.verify(path, &files[path]).unwrap();
+    }
+    let info = manifest.flow.as_ref().unwrap();
+    let (n_layers, sae) = (info.layers.len(), &manifest.sae);
+    let encoder = Encoder::read(sae, &files[pack::ENCODER]).unwrap().without_decoder(sae).unwrap();
+    let entries = FlowEntry::read_list(&files[flow::FLOW]).unwrap();
+    for entry in &entries {
+        let text = FlowText::read(entry, n_layers, N_LATENTS, &files[&entry.file]).unwrap();
+        let vectors = FlowVectors::read(entry, n_layers, D_IN, &files[&entry.vectors]).unwrap();
+        let t = text.tokens.len();
+        for layer in 0..n_layers {
+            let x = vectors.layer(layer);
+            let codes = reference::encode(&encoder, Rows::new(&x, D_IN).unwrap()).unwrap();
+            for token in (0..t).filter(|token| !text.skip[layer * t + token]) {
+                assert_eq!(text.codes.row(layer * t + token).0, codes.row(token).0, "{token} at {layer}");
+            }
+        }
+        assert!(text.codes.n_active() > 3 * t && text.errors.iter().any(|e| *e > 0.0));
+        assert!(text.effects.iter().any(|effect| effect.changes.iter().any(|c| c.latent != effect.latent)));
+    }
+    let latents = FlowLatents::read(info, N_LATENTS, &files[flow::FLOW_LATENTS]).unwrap();
+    assert!(latents.transitions.iter().flatten().any(|t| t.cosine < 0.9));
+    for shard in 0..info.n_lenses() {
+        let (numbers, words) = (&files[&flow::lens_numbers(shard)], &files[&flow::lens_words(shard)]);
+        LensShard::read(shard, info.lens_range(shard).len(), n_layers, numbers, words).unwrap();
     }
 }

@@ -86,13 +86,39 @@ pub(crate) async fn encode(
     probe: &Probe,
     progress: impl Fn(f64),
 ) -> Result<Outcome, Failure> {
-    let fail = |e: &dyn std::fmt::Display| Failure::compute("Encoding the text", e);
     let d_in = pack.manifest.sae.d_in;
-    let mut x = Vec::with_capacity(text.x.len());
-    for (row, _) in text.x.chunks_exact(d_in).zip(&text.skip).filter(|(_, skip)| !**skip) {
-        x.extend_from_slice(row);
-    }
-    let rows = Rows::new(&x, d_in).map_err(|e| fail(&e))?;
+    let kept = text.x.chunks_exact(d_in).zip(&text.skip).filter(|(_, skip)| !**skip);
+    let x: Vec<f32> = kept.flat_map(|(row, _)| row).copied().collect();
+    let made = encode_rows(pack, &x, wish, probe, progress).await?;
+    let wrong = || Failure::compute("Encoding the text", "the backend returned another number of rows");
+    let encoded = Encoded::new(&made.codes, &text.skip).ok_or_else(wrong)?;
+    let EncodedRows { choice, encode_ms, ready_ms, .. } = made;
+    Ok(Outcome { encoded, choice, encode_ms, ready_ms })
+}
+
+/// Codes of some vectors, and how they came about, as in [`Outcome`].
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct EncodedRows {
+    /// A row each.
+    pub(crate) codes: Codes,
+    /// The backend used and why.
+    pub(crate) choice: Choice,
+    /// Encoding, in milliseconds.
+    pub(crate) encode_ms: f64,
+    /// Fetching the encoder and readying the backend.
+    pub(crate) ready_ms: f64,
+}
+
+/// Encodes the vectors `x`, `[n, d_in]`, with the dictionary of `pack`; `progress` is told the share done.
+pub(crate) async fn encode_rows(
+    pack: &Pack,
+    x: &[f32],
+    wish: Wish,
+    probe: &Probe,
+    progress: impl Fn(f64),
+) -> Result<EncodedRows, Failure> {
+    let fail = |e: &dyn std::fmt::Display| Failure::compute("Encoding the text", e);
+    let rows = Rows::new(x, pack.manifest.sae.d_in).map_err(|e| fail(&e))?;
     let started = now();
     let mut choice = Choice::make(wish, probe);
     let mut attempts = 0;
@@ -107,9 +133,12 @@ pub(crate) async fn encode(
         .await;
         match result {
             Ok((codes, choice, ready)) => {
-                let encoded = Encoded::new(&codes, &text.skip)
-                    .ok_or_else(|| fail(&"the backend returned another number of rows"))?;
-                return Ok(Outcome { encoded, choice, encode_ms: now() - ready, ready_ms: ready - started });
+                return Ok(EncodedRows {
+                    codes,
+                    choice,
+                    encode_ms: now() - ready,
+                    ready_ms: ready - started,
+                });
             }
             Err(Trouble::Final(failure)) => return Err(failure),
             // A device that went away is replaced once, then the CPU takes over.

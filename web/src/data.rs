@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::sync::Arc;
 
+use shared::pack::flow::{self, FlowEntry, FlowInfo, FlowLatents, FlowText, FlowVectors, LensShard};
 use shared::pack::{self, Catalogue, Encoder, FeatureShard, Index, Manifest, PackEntry, Text, TextEntry};
 use wasm_bindgen::{JsCast, JsValue};
 use wasm_bindgen_futures::JsFuture;
@@ -103,6 +104,66 @@ pub(crate) async fn text(pack: &Pack, entry: &TextEntry) -> Result<Arc<Text>, Fa
         Text::read(entry, pack.manifest.sae.d_in, &bytes).map_err(|e| Failure::content(&key, e))
     })
     .await
+}
+
+/// What the manifest says about the layers of a multi-layer autoencoder.
+pub(crate) fn flow_info(pack: &Pack) -> Result<&FlowInfo, Failure> {
+    let reason = || Failure::absent("Looking across layers", "this pack is of one layer");
+    pack.manifest.flow.as_ref().ok_or_else(reason)
+}
+
+/// The texts across layers.
+pub(crate) async fn flow_texts(pack: &Pack) -> Result<Arc<Vec<FlowEntry>>, Failure> {
+    flow_info(pack)?;
+    let key = path(pack, flow::FLOW);
+    cached(&key, async {
+        let bytes = file(pack, flow::FLOW).await?;
+        FlowEntry::read_list(&bytes).map_err(|e| Failure::content(&key, e))
+    })
+    .await
+}
+
+/// The codes of a text at every layer.
+pub(crate) async fn flow_text(pack: &Pack, entry: &FlowEntry) -> Result<Arc<FlowText>, Failure> {
+    let (n_layers, key) = (flow_info(pack)?.layers.len(), path(pack, &entry.file));
+    cached(&key, async {
+        let bytes = file(pack, &entry.file).await?;
+        FlowText::read(entry, n_layers, pack.manifest.sae.n_latents, &bytes)
+            .map_err(|e| Failure::content(&key, e))
+    })
+    .await
+}
+
+/// The vectors of a text at every layer; not cached here: megabytes that are used once.
+pub(crate) async fn flow_vectors(pack: &Pack, entry: &FlowEntry) -> Result<FlowVectors, Failure> {
+    let bytes = file(pack, &entry.vectors).await?;
+    FlowVectors::read(entry, flow_info(pack)?.layers.len(), pack.manifest.sae.d_in, &bytes)
+        .map_err(|e| Failure::content(&path(pack, &entry.vectors), e))
+}
+
+/// The described latents.
+pub(crate) async fn flow_latents(pack: &Pack) -> Result<Arc<FlowLatents>, Failure> {
+    let (info, key) = (flow_info(pack)?, path(pack, flow::FLOW_LATENTS));
+    cached(&key, async {
+        let bytes = file(pack, flow::FLOW_LATENTS).await?;
+        FlowLatents::read(info, pack.manifest.sae.n_latents, &bytes).map_err(|e| Failure::content(&key, e))
+    })
+    .await
+}
+
+/// The shard of the lens that holds the described latent at place `place`, and its place in it.
+pub(crate) async fn lens(pack: &Pack, place: usize) -> Result<(Arc<LensShard>, usize), Failure> {
+    let info = flow_info(pack)?;
+    let (shard, within) = (place / info.latents_per_lens, place % info.latents_per_lens);
+    let key = path(pack, &format!("flow/lens/{shard:05}"));
+    let read = cached(&key, async {
+        let numbers = file(pack, &flow::lens_numbers(shard)).await?;
+        let words = file(pack, &flow::lens_words(shard)).await?;
+        LensShard::read(shard, info.lens_range(shard).len(), info.layers.len(), &numbers, &words)
+            .map_err(|e| Failure::content(&key, e))
+    })
+    .await?;
+    Ok((read, within))
 }
 
 /// The encoder; not cached here, because whoever asks keeps it.

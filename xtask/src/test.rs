@@ -1,6 +1,5 @@
 //! Every check of the project, in the order in which a failure is cheapest to find.
 
-use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
@@ -114,17 +113,19 @@ impl Checks<'_> {
     /// The page with a small synthetic pack, in Chromium, with a WebGPU adapter and without.
     fn browser(&mut self) -> Result<()> {
         let (page, pack, site) = (self.work.join("page"), self.work.join("pack"), self.work.join("site"));
+        let layers = self.work.join("pack-layers");
         let (places, tools) = (self.places, self.tools.clone());
         self.check("page", "compiles the explorer to WebAssembly", || build_page(places, &tools, &page))?;
-        self.check("site", "the page with a synthetic pack", || {
-            for folder in [&pack, &site] {
+        self.check("site", "the page with two synthetic packs", || {
+            for folder in [&pack, &layers, &site] {
                 crate::places::remove_folder(folder)?;
             }
-            fs::create_dir_all(&pack).with_context(|| format!("cannot create {}", pack.display()))?;
             let fixture = places.binary("debug").with_file_name("examples").join(executable("fixture_pack"));
-            Program::new(&fixture).arg(&pack).run().context("the synthetic pack could not be made")?;
+            let made = Program::new(&fixture).arg(&pack).run();
+            let made = made.and_then(|()| Program::new(&fixture).arg("--layers").arg(&layers).run());
+            made.context("the synthetic packs could not be made")?;
             let put = Program::new(places.binary("debug")).args(["site", "--web"]).arg(&page);
-            let put = put.arg("--pack").arg(&pack).arg("--out").arg(&site);
+            let put = put.arg("--pack").arg(&pack).arg("--pack").arg(&layers).arg("--out").arg(&site);
             put.run().context("the site could not be put together")?;
             Ok(site.display().to_string())
         })?;

@@ -43,6 +43,13 @@ pub enum Route {
         /// Text, token and latent.
         view: TryView,
     },
+    /// `#/p/<pack>/flow`: a text across the layers of a multi-layer autoencoder.
+    Flow {
+        /// Name of the pack.
+        pack: String,
+        /// What is locked.
+        view: FlowView,
+    },
     /// `#/selftest`: does this machine compute right?
     SelfTest,
     /// Anything else, as it was typed.
@@ -62,12 +69,30 @@ pub struct TryView {
     pub hide_dense: bool,
 }
 
+/// What is locked on the page across layers; what is not follows the pointer.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct FlowView {
+    /// Id of the text; the first when absent.
+    pub text: Option<String>,
+    /// The token.
+    pub token: Option<u32>,
+    /// The number of the layer, in the order of the pack.
+    pub layer: Option<u32>,
+    /// The latent.
+    pub latent: Option<u32>,
+    /// Encode here and now instead of showing the pack's codes.
+    pub live: bool,
+}
+
 impl Route {
     /// The pack this page belongs to.
     #[must_use]
     pub fn pack(&self) -> Option<&str> {
         match self {
-            Self::List { pack, .. } | Self::Feature { pack, .. } | Self::Try { pack, .. } => Some(pack),
+            Self::List { pack, .. }
+            | Self::Feature { pack, .. }
+            | Self::Try { pack, .. }
+            | Self::Flow { pack, .. } => Some(pack),
             Self::Overview | Self::SelfTest | Self::Unknown(_) => None,
         }
     }
@@ -82,6 +107,12 @@ impl Route {
     #[must_use]
     pub fn feature(pack: &str, latent: u32) -> Self {
         Self::Feature { pack: pack.to_owned(), latent }
+    }
+
+    /// The page across layers, with nothing locked yet.
+    #[must_use]
+    pub fn flow(pack: &str) -> Self {
+        Self::Flow { pack: pack.to_owned(), view: FlowView::default() }
     }
 
     /// The page that encodes, with nothing chosen yet.
@@ -121,6 +152,16 @@ impl Address {
                     hide_dense: get("dense") == Some("hide"),
                 },
             },
+            ["p", pack, "flow"] => Route::Flow {
+                pack: pack.to_owned(),
+                view: FlowView {
+                    text: get("text").map(str::to_owned),
+                    token: get("tok").and_then(|t| t.parse().ok()),
+                    layer: get("layer").and_then(|l| l.parse().ok()),
+                    latent: get("latent").and_then(|l| l.parse().ok()),
+                    live: get("live") == Some("1"),
+                },
+            },
             _ => Route::Unknown(path.to_owned()),
         };
         Self { route, backend: get("backend").map(Wish::parse).unwrap_or_default() }
@@ -140,6 +181,18 @@ impl fmt::Display for Address {
                 query = view.query();
             }
             Route::Feature { pack, latent } => write!(f, "/p/{}/f/{latent}", encode(pack))?,
+            Route::Flow { pack, view } => {
+                write!(f, "/p/{}/flow", encode(pack))?;
+                let number = |n: Option<u32>| n.map(|n| n.to_string());
+                let pairs = [
+                    ("text", view.text.clone()),
+                    ("tok", number(view.token)),
+                    ("layer", number(view.layer)),
+                    ("latent", number(view.latent)),
+                    ("live", view.live.then(|| "1".to_owned())),
+                ];
+                query.extend(pairs.into_iter().filter_map(|(key, value)| Some((key, value?))));
+            }
             Route::Try { pack, view } => {
                 write!(f, "/p/{}/try", encode(pack))?;
                 let (token, latent) = (view.token.map(|t| t.to_string()), view.latent.map(|l| l.to_string()));
@@ -205,11 +258,14 @@ mod tests {
         let chosen =
             (option::of(".{1,9}"), option::of(any::<u32>()), option::of(any::<u32>()), any::<bool>())
                 .prop_map(|(text, token, latent, hide_dense)| TryView { text, token, latent, hide_dense });
+        let locked = (option::of(".{1,9}"), prop::array::uniform3(option::of(any::<u32>())), any::<bool>())
+            .prop_map(|(text, [token, layer, latent], live)| FlowView { text, token, layer, latent, live });
         prop_oneof![
             Just(Route::Overview),
             Just(Route::SelfTest),
             (".{1,9}", view).prop_map(|(pack, view)| Route::List { pack, view }),
             (".{1,9}", any::<u32>()).prop_map(|(pack, latent)| Route::Feature { pack, latent }),
+            (".{1,9}", locked).prop_map(|(pack, view)| Route::Flow { pack, view }),
             (".{1,9}", chosen).prop_map(|(pack, view)| Route::Try { pack, view }),
         ]
     }

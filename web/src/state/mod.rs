@@ -4,6 +4,7 @@
 //! - [`load`]: data that may still be coming or may have failed; [`choice`]: which backend, and why;
 //! - [`encoded`]: an encoded text from both sides, tokens and latents;
 //! - [`shade`]: activations as colours that keep text readable; [`chart`]: histograms as bars;
+//! - [`flow`]: a text across layers; [`flow_shapes`]: its maps and ribbons as paths;
 //! - [`words`]: tokens as visible text; [`figures`]: numbers as people read them.
 
 pub mod address;
@@ -11,6 +12,8 @@ pub mod chart;
 pub mod choice;
 pub mod encoded;
 pub mod figures;
+pub mod flow;
+pub mod flow_shapes;
 pub mod list;
 pub mod load;
 pub mod shade;

@@ -4,9 +4,10 @@ use leptos::prelude::*;
 use leptos::task::spawn_local;
 use wasm_bindgen::JsCast;
 
-use super::context::{Ctx, ctx};
-use super::{feature, keys, list, overview, selftest, try_it};
+use super::context::{Ctx, ctx, load};
+use super::{feature, flow, keys, list, overview, selftest, try_it};
 use crate::backend;
+use crate::data;
 use crate::state::address::Route;
 use crate::state::choice::{Choice, Kind, Probe};
 
@@ -30,7 +31,8 @@ pub(super) fn App() -> impl IntoView {
             Route::Feature { pack, .. } => (2, pack.clone()),
             Route::Try { pack, .. } => (3, pack.clone()),
             Route::SelfTest => (4, String::new()),
-            Route::Unknown(path) => (5, path.clone()),
+            Route::Flow { pack, .. } => (5, pack.clone()),
+            Route::Unknown(path) => (6, path.clone()),
         })
     });
     Effect::new(move |before: Option<(u8, String)>| {
@@ -60,6 +62,7 @@ pub(super) fn App() -> impl IntoView {
                 (2, pack) => view! { <feature::FeaturePage pack=pack /> }.into_any(),
                 (3, pack) => view! { <try_it::TryIt pack=pack /> }.into_any(),
                 (4, _) => view! { <selftest::SelfTest /> }.into_any(),
+                (5, pack) => view! { <flow::FlowPage pack=pack /> }.into_any(),
                 (_, path) => view! { <Nowhere path=path /> }.into_any(),
             }}
         </main>
@@ -90,6 +93,7 @@ fn title(route: &Route) -> String {
         Route::List { pack, .. } => format!("Features of {pack} · Stratascope"),
         Route::Feature { pack, latent } => format!("#{latent} of {pack} · Stratascope"),
         Route::Try { pack, .. } => format!("Try {pack} · Stratascope"),
+        Route::Flow { pack, .. } => format!("Flow of {pack} · Stratascope"),
         Route::SelfTest => "Self-test · Stratascope".to_owned(),
     }
 }
@@ -98,6 +102,16 @@ fn title(route: &Route) -> String {
 fn Header() -> impl IntoView {
     let ctx = ctx();
     let pack = Memo::new(move |_| ctx.address.with(|a| a.route.pack().map(str::to_owned)));
+    // A pack of several layers has its texts across them.
+    let layers = load(
+        move || pack.get(),
+        |pack| async move {
+            match pack {
+                Some(pack) => Ok(data::pack(&pack).await?.manifest.flow.is_some()),
+                None => Ok(false),
+            }
+        },
+    );
     let link = move |name: &'static str, route: Route, is_here: fn(&Route) -> bool| {
         let here = move || ctx.address.with(|a| is_here(&a.route)).then_some("page");
         view! { <a href=move || ctx.href(route.clone()) aria-current=here>{name}</a> }
@@ -118,7 +132,11 @@ fn Header() -> impl IntoView {
                         .map(|pack| {
                             view! {
                                 {link("Features", Route::list(&pack), |r| matches!(r, Route::List { .. } | Route::Feature { .. }))}
-                                {link("Try it", Route::try_it(&pack), |r| matches!(r, Route::Try { .. }))}
+                                {if layers.get().ready() == Some(&true) {
+                                    link("Flow", Route::flow(&pack), |r| matches!(r, Route::Flow { .. })).into_any()
+                                } else {
+                                    link("Try it", Route::try_it(&pack), |r| matches!(r, Route::Try { .. })).into_any()
+                                }}
                             }
                         })
                 }}

@@ -131,6 +131,15 @@ impl Ctx {
         });
     }
 
+    /// Goes to the texts of a pack: across its layers where it has several, else where a text is encoded.
+    pub(crate) fn go_and_try(&self, pack: String) {
+        let ctx = *self;
+        spawn_local(async move {
+            let layers = data::pack(&pack).await.is_ok_and(|found| found.manifest.flow.is_some());
+            ctx.go(if layers { Route::flow(&pack) } else { Route::try_it(&pack) });
+        });
+    }
+
     /// Goes to any latent that fires.
     pub(crate) fn random_latent(&self, pack: String) {
         let ctx = *self;

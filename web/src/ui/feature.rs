@@ -10,7 +10,7 @@ use super::context::{Ctx, ctx, load};
 use super::examples::Examples;
 use super::parts::{Words, when};
 use crate::data::{self, Pack};
-use crate::state::address::Route;
+use crate::state::address::{FlowView, Route};
 use crate::state::list::DENSE;
 use crate::state::{figures, words};
 
@@ -131,7 +131,15 @@ fn Card(known: Known) -> impl IntoView {
     } else {
         None
     };
-    let site = format!("{}.{}", manifest.sae.site.name(), manifest.sae.layer);
+    let site = match &manifest.flow {
+        Some(flow) => format!("{} of {} layers", manifest.sae.site.name(), flow.layers.len()),
+        None => format!("{}.{}", manifest.sae.site.name(), manifest.sae.layer),
+    };
+    let across = manifest.flow.is_some().then(|| {
+        let view = FlowView { latent: Some(known.latent), ..FlowView::default() };
+        let route = Route::Flow { pack: known.pack.entry.name.clone(), view };
+        view! { <a class="button" href=move || ctx.href(route.clone())>"Across the layers"</a> }
+    });
     let n_tokens = figures::count(manifest.corpus.n_tokens);
     let histogram = manifest.density_histogram.clone();
     let json = known.clone();
@@ -167,6 +175,7 @@ fn Card(known: Known) -> impl IntoView {
             <Examples shard=known.shard.clone() place=known.place max=max n_tokens=manifest.corpus.n_tokens />
         </div>
         <p class="actions end">
+            {across}
             <button type="button" on:click=move |_| copy_link(ctx)>"Copy link"</button>
             <button type="button" on:click=move |_| ctx.copy("JSON", json.json())>"Copy JSON"</button>
         </p>

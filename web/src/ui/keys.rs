@@ -9,19 +9,19 @@ use web_sys::{HtmlElement, KeyboardEvent};
 
 use super::app::toggle_theme;
 use super::context::{Ctx, ctx};
-use super::try_it;
+use super::{flow, try_it};
 use crate::state::address::Route;
 
 const HELP: [(&str, &str); 11] = [
     ("/", "search the features"),
     ("j  k", "next, previous feature (in the order of the list)"),
     ("r", "a random feature"),
-    ("←  →", "next, previous token"),
-    ("Enter", "lock a token"),
+    ("←  →", "next, previous token; in a map ↑ ↓ too"),
+    ("Enter", "lock a token, or a place of a map"),
     ("Esc", "unlock; close"),
     ("g o", "go to the packs"),
     ("g f", "go to the features"),
-    ("g t", "go and try"),
+    ("g t", "go and try, or across the layers"),
     ("d", "light or dark"),
     ("?", "this help"),
 ];
@@ -65,7 +65,10 @@ fn go(ctx: Ctx, key: &str) -> bool {
     let route = match (key, pack) {
         ("o", _) => Route::Overview,
         ("f", Some(pack)) => Route::list(&pack),
-        ("t", Some(pack)) => Route::try_it(&pack),
+        ("t", Some(pack)) => {
+            ctx.go_and_try(pack);
+            return true;
+        }
         _ => return false,
     };
     ctx.go(route);
@@ -86,6 +89,7 @@ fn act(ctx: Ctx, key: &str, event: &KeyboardEvent) -> bool {
             None => return false,
         },
         (_, Route::Try { .. }) => return try_it::key(event),
+        (_, Route::Flow { .. }) => return flow::key(ctx, event),
         _ => return false,
     }
     true

@@ -1,7 +1,7 @@
 //! The page: components over [`crate::state`], nothing that could be tested without a browser.
 //!
 //! - [`app`]: the frame around every page; [`context`]: what all components share, and navigation;
-//! - [`overview`], [`list`], [`feature`], [`try_it`], [`selftest`]: the pages;
+//! - [`overview`], [`list`], [`feature`], [`try_it`], [`flow`], [`selftest`]: the pages; `flow_…`: the parts of the one across layers;
 //! - [`charts`], [`tokens`], [`parts`]: what pages are made of; [`keys`]: the keyboard.
 
 #![expect(unreachable_pub, reason = "the component macro makes the properties of private components public")]
@@ -11,6 +11,11 @@ mod charts;
 mod context;
 mod examples;
 mod feature;
+mod flow;
+mod flow_maps;
+mod flow_panel;
+mod flow_ribbons;
+mod flow_table;
 mod keys;
 mod list;
 mod overview;

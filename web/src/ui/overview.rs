@@ -43,20 +43,28 @@ fn PackCard(entry: PackEntry) -> impl IntoView {
     let name = entry.name.clone();
     let pack: ReadSignal<Load<Arc<Pack>>> =
         load(move || name.clone(), |name| async move { data::pack(&name).await });
-    let (list, try_it) = (Route::list(&entry.name), Route::try_it(&entry.name));
+    let list = Route::list(&entry.name);
+    let (texts, texts_name) = match entry.layers {
+        Some(_) => (Route::flow(&entry.name), "Flow"),
+        None => (Route::try_it(&entry.name), "Try it"),
+    };
+    let place = match entry.layers {
+        Some(layers) => format!("{} of {layers} layers", entry.site.name()),
+        None => format!("{}.{}", entry.site.name(), entry.layer),
+    };
     let first = list.clone();
     view! {
         <article class="card pack">
             <h2><a href=move || ctx.href(first.clone())>{entry.title.clone()}</a></h2>
             <p class="chips">
                 <span class="chip">{entry.model.clone()}</span>
-                <span class="chip">{entry.site.name()}"."{entry.layer}</span>
+                <span class="chip">{place}</span>
                 <span class="chip">{figures::count(entry.n_latents as u64)}" latents"</span>
             </p>
             {move || when(pack.get(), |pack| view! { <Details manifest=pack.manifest.clone() /> }.into_any())}
             <p class="actions">
                 <a class="button" href=move || ctx.href(list.clone())>"Features"</a>
-                <a class="button primary" href=move || ctx.href(try_it.clone())>"Try it"</a>
+                <a class="button primary" href=move || ctx.href(texts.clone())>{texts_name}</a>
             </p>
         </article>
     }
@@ -64,7 +72,11 @@ fn PackCard(entry: PackEntry) -> impl IntoView {
 
 #[component]
 fn Details(manifest: Manifest) -> impl IntoView {
-    let Manifest { model, sae, corpus, metrics, density_histogram, provenance, .. } = manifest;
+    let Manifest { model, sae, corpus, metrics, density_histogram, provenance, flow, .. } = manifest;
+    let reads = match &flow {
+        Some(flow) => format!("{} of {} blocks, {} values", sae.site.name(), flow.layers.len(), sae.d_in),
+        None => format!("{} of block {} (from 0), {} values", sae.site.name(), sae.layer, sae.d_in),
+    };
     let provenance = serde_json::to_string_pretty(&provenance).unwrap_or_else(|e| e.to_string());
     view! {
         <Quality metrics=metrics />
@@ -73,7 +85,7 @@ fn Details(manifest: Manifest) -> impl IntoView {
         <p class="axis-note">"share of tokens, both axes logarithmic; shaded: more than one token in ten"</p>
         <dl class="facts">
             <div><dt>"Model"</dt><dd>{model.name}", "{model.architecture}", "{model.n_layers}" blocks, width "{model.d_model}</dd></div>
-            <div><dt>"Reads"</dt><dd>{sae.site.name()}" of block "{sae.layer}" (from 0), "{sae.d_in}" values"</dd></div>
+            <div><dt>"Reads"</dt><dd>{reads}</dd></div>
             <div><dt>"Corpus"</dt><dd>{corpus.name}", "{figures::count(corpus.n_tokens)}" tokens in sequences of "{corpus.sequence_length}</dd></div>
         </dl>
         <details><summary>"Provenance"</summary><pre tabindex="0">{provenance}</pre></details>
