@@ -107,11 +107,12 @@ struct One {
 impl One {
     fn new(source: &Arc<dyn ActivationSource>, config: &TrainConfig) -> Result<Self> {
         let wiring = Wiring::of(config, &**source)?;
+        let rows = init::sample_rows(wiring.inputs.len());
         let scaling = Scaling::measure(&**source, &wiring, config.max_norm, config.normalise)?;
         let mut shards = Shards::new(source, std::slice::from_ref(&wiring), 0);
         let mut batches = Batches::new(wiring, scaling.clone(), Position::default(), u64::MAX);
         let mut pairs = Pairs::default();
-        batches.fill(&mut shards, init::SAMPLE_ROWS, &mut pairs)?;
+        batches.fill(&mut shards, rows, &mut pairs)?;
         let trainer = Trainer::new(init::params(config, &scaling, &pairs)?, false);
         let sparsity = match config.target_l0 {
             Some(target) => Sparsity::TargetL0 { lambda: config.target_weight, target },

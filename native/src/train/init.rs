@@ -12,13 +12,19 @@ use super::params::{Latents, Params, Tensors};
 use crate::cpu::gemm::{Matrix, product};
 
 /// Rows that quantile thresholds are taken from.
-pub const SAMPLE_ROWS: usize = 4096;
+const SAMPLE_ROWS: usize = 4096;
 /// The fewest of them that are of one of several layers.
-pub const SAMPLE_ROWS_OF_A_LAYER: usize = 512;
+const SAMPLE_ROWS_OF_A_LAYER: usize = 1024;
 /// The lowest threshold a quantile may give: log θ needs a positive one.
 const LOWEST_THRESHOLD: f32 = 1e-4;
 /// Latents whose sample pre-activations are computed at a time.
 const BLOCK: usize = 32;
+
+/// Rows that quantile thresholds are taken from, of so many inputs.
+#[must_use]
+pub fn sample_rows(n_inputs: usize) -> usize {
+    SAMPLE_ROWS.max(SAMPLE_ROWS_OF_A_LAYER * n_inputs)
+}
 
 /// Parameters before the first step; `sample` holds normalised pairs for what is taken from data.
 ///
@@ -169,13 +175,14 @@ fn start_sparse(params: &mut Params, config: &TrainConfig, sample: &Pairs) -> Re
         }
         (LatentFunction::JumpRelu, ThresholdInit::FromData(_)) => {
             let n_layers = params.n_layers();
-            let all = quantiles(params, &sample.x, share)?;
+            let all = quantiles(params, &sample.x, |n_rows| rank(n_rows, share))?;
             for layer in 0..n_layers {
                 let rows = rows_of(sample, params.d_in, layer, n_layers);
                 let thetas = if rows.is_empty() || n_layers == 1 {
                     all.clone()
                 } else {
-                    quantiles(params, &rows, share)?
+                    // Of few rows a share `(r + 1) / (m + 1)` lies above the one with r above it, on average.
+                    quantiles(params, &rows, |m| rank(m + 1, share).saturating_sub(1))?
                 };
                 for (latent, theta) in thetas.into_iter().enumerate() {
                     params.tensors.own[0][latent * n_layers + layer] =
@@ -184,7 +191,7 @@ fn start_sparse(params: &mut Params, config: &TrainConfig, sample: &Pairs) -> Re
             }
         }
         _ => {
-            let quantiles = quantiles(params, &sample.x, share)?;
+            let quantiles = quantiles(params, &sample.x, |n_rows| rank(n_rows, share))?;
             params.tensors.b_enc.iter_mut().zip(quantiles).for_each(|(bias, q)| *bias -= q);
         }
     }
@@ -198,8 +205,19 @@ fn rows_of(sample: &Pairs, d: usize, layer: usize, n_layers: usize) -> Vec<f32> 
     own.flat_map(|(row, _)| row.iter().copied()).collect()
 }
 
-/// Per latent, the value that a share `share` of its pre-activations on `sample` lies above.
-fn quantiles(params: &Params, sample: &[f32], share: f64) -> Result<Vec<f32>> {
+/// So many of `n_rows` are a share of them.
+#[expect(
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a rank"
+)]
+fn rank(n_rows: usize, share: f64) -> usize {
+    (n_rows as f64 * share).round() as usize
+}
+
+/// Per latent, the value that so many of its pre-activations on `sample` lie above, of the number of its rows.
+fn quantiles(params: &Params, sample: &[f32], above: impl Fn(usize) -> usize) -> Result<Vec<f32>> {
     let d = params.d_in;
     let t = &params.tensors;
     let n_rows = sample.len() / d;
@@ -209,13 +227,7 @@ fn quantiles(params: &Params, sample: &[f32], share: f64) -> Result<Vec<f32>> {
             row.iter_mut().zip(&t.b_dec).for_each(|(v, b)| *v -= b);
         }
     }
-    #[expect(
-        clippy::cast_precision_loss,
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "a rank"
-    )]
-    let above = ((n_rows as f64 * share).round() as usize).min(n_rows.saturating_sub(1));
+    let above = above(n_rows).min(n_rows.saturating_sub(1));
     let blocks: Result<Vec<Vec<f32>>> = t
         .w_enc
         .par_chunks(BLOCK * d)

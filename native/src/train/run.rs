@@ -47,8 +47,8 @@ impl Beginning {
         let scaling = Scaling::measure(&**source, wiring, config.max_norm, config.normalise)?;
         let mut sample = Pairs::default();
         let n_taps = wiring.inputs.len();
-        let most = init::SAMPLE_ROWS.max(init::SAMPLE_ROWS_OF_A_LAYER * n_taps);
-        let rows = usize::try_from(source.n_vectors())?.saturating_mul(n_taps).min(most);
+        let all = usize::try_from(source.n_vectors())?.saturating_mul(n_taps);
+        let rows = all.min(init::sample_rows(n_taps));
         let mut shards = Shards::new(source, std::slice::from_ref(wiring), config.seed);
         let mut batches = Batches::new(wiring.clone(), scaling.clone(), Position::default(), rows as u64);
         batches.fill(&mut shards, rows, &mut sample)?;
