@@ -344,7 +344,7 @@ fn every_layer_arrives_at_its_target() {
         Arc::new(Unlike { taps: [tap(3), tap(8)], provenance: json!({}) });
     let levels = |thresholds: &str| {
         let keys = format!(
-            "width = 64\ntarget_l0 = 5.0\nlayers = 'all'\nthresholds = '{thresholds}'\nsteps = 600\nbatch = 256\n\
+            "width = 64\ntarget_l0 = 5.0\nlayers = 'all'\nthresholds = '{thresholds}'\nsteps = 1500\nbatch = 256\n\
              checkpoint_every = 1000\nlr_warmup_steps = 20"
         );
         let config: TrainConfig = resolve(&keys, &[]).unwrap();

@@ -42,9 +42,12 @@ pub(crate) struct Args {
     #[arg(long)]
     tap: Option<TapPoint>,
     /// One dictionary for several layers of the residual stream (a multi-layer SAE): all, or numbers such as 0,7,14. Other sites
-    /// are set with `sites`.
+    /// are set with `sites`, thresholds of every layer with thresholds=per_layer (docs/training.md).
     #[arg(long, value_name = "LAYERS", conflicts_with_all = ["tap", "target", "vectors"], value_parser = layers)]
     layers: Option<toml::Value>,
+    /// Instead of one dictionary for all layers one autoencoder of each, in a folder of its name: the controls of a multi-layer SAE.
+    #[arg(long)]
+    each_layer: bool,
     /// Reconstruct this tap from the other, such as mlp.14 from mlp_in.14: a transcoder.
     #[arg(long, value_name = "TAP", conflicts_with = "vectors")]
     target: Option<TapPoint>,
@@ -121,6 +124,7 @@ impl Args {
         put("tap", self.tap.map(|tap| tap.to_string().into()));
         put("target", self.target.map(|tap| tap.to_string().into()));
         put("layers", self.layers.clone());
+        put("each_layer", self.each_layer.then(|| true.into()));
         put("width", self.width.map(|n| integer(n as u64)));
         put("activation", self.activation.clone().map(Into::into));
         put("k", self.k.map(|k| integer(k as u64)));

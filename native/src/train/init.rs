@@ -14,9 +14,11 @@ use crate::cpu::gemm::{Matrix, product};
 /// Rows that quantile thresholds are taken from.
 const SAMPLE_ROWS: usize = 4096;
 /// The fewest of them that are of one of several layers.
-const SAMPLE_ROWS_OF_A_LAYER: usize = 1024;
+const SAMPLE_ROWS_OF_A_LAYER: usize = 256;
 /// The lowest threshold a quantile may give: log θ needs a positive one.
 const LOWEST_THRESHOLD: f32 = 1e-4;
+/// The least that thresholds of a layer are multiplied by at the start.
+const SMALLEST_FACTOR: f32 = 1e-3;
 /// Latents whose sample pre-activations are computed at a time.
 const BLOCK: usize = 32;
 
@@ -175,23 +177,21 @@ fn start_sparse(params: &mut Params, config: &TrainConfig, sample: &Pairs) -> Re
         }
         (LatentFunction::JumpRelu, ThresholdInit::FromData(_)) => {
             let n_layers = params.n_layers();
-            let all = quantiles(params, &sample.x, |n_rows| rank(n_rows, share))?;
+            let all = quantiles(params, &sample.x, share)?;
+            let all: Vec<f32> = all.into_iter().map(|theta| theta.max(LOWEST_THRESHOLD)).collect();
             for layer in 0..n_layers {
-                let rows = rows_of(sample, params.d_in, layer, n_layers);
-                let thetas = if rows.is_empty() || n_layers == 1 {
-                    all.clone()
+                let factor = if n_layers == 1 {
+                    1.0
                 } else {
-                    // Of few rows a share `(r + 1) / (m + 1)` lies above the one with r above it, on average.
-                    quantiles(params, &rows, |m| rank(m + 1, share).saturating_sub(1))?
+                    common_factor(params, &rows_of(sample, params.d_in, layer), &all, config.initial_l0())?
                 };
-                for (latent, theta) in thetas.into_iter().enumerate() {
-                    params.tensors.own[0][latent * n_layers + layer] =
-                        parameter(f64::from(theta.max(LOWEST_THRESHOLD)));
+                for (latent, theta) in all.iter().enumerate() {
+                    params.tensors.own[0][latent * n_layers + layer] = parameter(f64::from(theta * factor));
                 }
             }
         }
         _ => {
-            let quantiles = quantiles(params, &sample.x, |n_rows| rank(n_rows, share))?;
+            let quantiles = quantiles(params, &sample.x, share)?;
             params.tensors.b_enc.iter_mut().zip(quantiles).for_each(|(bias, q)| *bias -= q);
         }
     }
@@ -199,13 +199,32 @@ fn start_sparse(params: &mut Params, config: &TrainConfig, sample: &Pairs) -> Re
 }
 
 /// The rows of one of several layers.
-fn rows_of(sample: &Pairs, d: usize, layer: usize, n_layers: usize) -> Vec<f32> {
+fn rows_of(sample: &Pairs, d: usize, layer: usize) -> Vec<f32> {
     let rows = sample.x.chunks_exact(d).zip(&sample.inputs);
-    let own = rows.filter(|(_, input)| n_layers == 1 || usize::from(**input) == layer);
+    let own = rows.filter(|(_, input)| usize::from(**input) == layer);
     own.flat_map(|(row, _)| row.iter().copied()).collect()
 }
 
-/// So many of `n_rows` are a share of them.
+/// What all of `thetas [n]` are to be multiplied by, so that the rows of a layer have a mean L0 of `l0`. A quantile of each latent's
+/// own at each layer would let every latent fire equally often at every layer, when it is for some that it is made: on 30 layers of
+/// SmolLM2-135M, width 2048, L0 32, 500 steps of 1024, that ended at an FVU of 0.325, and this at 0.308.
+fn common_factor(params: &Params, rows: &[f32], thetas: &[f32], l0: f64) -> Result<f32> {
+    let n_rows = rows.len() / params.d_in;
+    let ratios = blocks(params, rows, |first, z, bias| {
+        let own = thetas.iter().skip(first).zip(bias);
+        let latents = z.chunks_exact(n_rows.max(1)).zip(own);
+        latents.flat_map(|(z, (theta, bias))| z.iter().map(move |z| (z + bias) / theta)).collect()
+    })?;
+    let mut ratios = ratios.concat();
+    let above = rank(n_rows, l0).min(ratios.len().saturating_sub(1));
+    if ratios.is_empty() {
+        return Ok(1.0);
+    }
+    let (_, factor, _) = ratios.select_nth_unstable_by(above, |a, b| b.total_cmp(a));
+    Ok(factor.max(SMALLEST_FACTOR))
+}
+
+/// `share` times `n_rows`, rounded.
 #[expect(
     clippy::cast_precision_loss,
     clippy::cast_possible_truncation,
@@ -216,8 +235,27 @@ fn rank(n_rows: usize, share: f64) -> usize {
     (n_rows as f64 * share).round() as usize
 }
 
-/// Per latent, the value that so many of its pre-activations on `sample` lie above, of the number of its rows.
-fn quantiles(params: &Params, sample: &[f32], above: impl Fn(usize) -> usize) -> Result<Vec<f32>> {
+/// Per latent, the value that a share `share` of its pre-activations on `sample` lies above.
+fn quantiles(params: &Params, sample: &[f32], share: f64) -> Result<Vec<f32>> {
+    let n_rows = sample.len() / params.d_in;
+    let above = rank(n_rows, share).min(n_rows.saturating_sub(1));
+    let quantiles = blocks(params, sample, |_, z, bias| {
+        let quantile = |(z, bias): (&mut [f32], &f32)| {
+            let (_, value, _) = z.select_nth_unstable_by(above, |a, b| b.total_cmp(a));
+            *value + bias
+        };
+        z.chunks_exact_mut(n_rows).zip(bias).map(quantile).collect()
+    })?;
+    Ok(quantiles.concat())
+}
+
+/// What `of` makes of the products of some latents with all rows of `sample`: it is given the first latent, a line of products for
+/// each, and their biases.
+fn blocks(
+    params: &Params,
+    sample: &[f32],
+    of: impl Fn(usize, &mut [f32], &[f32]) -> Vec<f32> + Sync,
+) -> Result<Vec<Vec<f32>>> {
     let d = params.d_in;
     let t = &params.tensors;
     let n_rows = sample.len() / d;
@@ -227,22 +265,31 @@ fn quantiles(params: &Params, sample: &[f32], above: impl Fn(usize) -> usize) ->
             row.iter_mut().zip(&t.b_dec).for_each(|(v, b)| *v -= b);
         }
     }
-    let above = above(n_rows).min(n_rows.saturating_sub(1));
-    let blocks: Result<Vec<Vec<f32>>> = t
-        .w_enc
-        .par_chunks(BLOCK * d)
-        .zip(t.b_enc.par_chunks(BLOCK))
-        .map(|(w_enc, b_enc)| {
+    let weights = t.w_enc.par_chunks(BLOCK * d).zip(t.b_enc.par_chunks(BLOCK)).enumerate();
+    weights
+        .map(|(block, (w_enc, b_enc))| {
             let n = w_enc.len() / d;
             let mut z = vec![0.0f32; n * n_rows];
             let rows = Matrix::new(&input, n_rows, d)?;
             product(&mut z, Matrix::new(w_enc, n, d)?, rows.transposed(), 1.0, false, 1)?;
-            let quantile = |(z, bias): (&mut [f32], &f32)| {
-                let (_, value, _) = z.select_nth_unstable_by(above, |a, b| b.total_cmp(a));
-                *value + bias
-            };
-            Ok(z.chunks_exact_mut(n_rows).zip(b_enc).map(quantile).collect())
+            Ok(of(block * BLOCK, &mut z, b_enc))
         })
-        .collect();
-    Ok(blocks?.concat())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of four points of a convex quadrangle it is where the diagonals cross, however long they are.
+    #[test]
+    fn the_geometric_median_is_not_drawn_by_what_is_far() {
+        let corners = [-1.0f32, 0.0, 100.0, 0.0, 0.0, -2.0, 0.0, 50.0];
+        let median = geometric_median(&corners.repeat(200), 2);
+        assert!(median.iter().all(|v| v.abs() < 1e-3), "{median:?}");
+        // It may be a point of the data, where its distance says nothing.
+        let begun = geometric_median(&[4.0, 4.0, 3.0, 4.0, 5.0, 4.0, 4.0, 3.0, 4.0, 5.0], 2);
+        assert_eq!(begun, [4.0, 4.0]);
+        assert_eq!(geometric_median(&[], 2), [0.0, 0.0]);
+    }
 }
