@@ -21,7 +21,7 @@ use crate::train::{
     ActivationSource, Betas, Settings, SourceTap, Statistics, Trainer, Vectors, Wiring, init,
 };
 
-/// Bytes of a shard over all taps, the default of a harvest.
+/// Bytes of a shard over all taps: within what a harvest makes of itself.
 const SHARD_BYTES: usize = 128 << 20;
 /// So small that L0 stays where it is from round to round.
 const LR: f64 = 1e-6;
