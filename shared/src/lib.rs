@@ -28,6 +28,7 @@ pub mod fold;
 pub mod format;
 pub mod forward;
 pub mod jumprelu;
+pub mod layer_thresholds;
 #[cfg(feature = "lm")]
 pub mod lm;
 pub mod loss;

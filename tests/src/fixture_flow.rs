@@ -8,12 +8,12 @@ use std::collections::BTreeMap;
 
 use shared::multi_layer::Layer;
 use shared::pack::flow::{
-    self, CHANGES, Change, Effect, FlowEntry, FlowInfo, FlowLatents, FlowText, FlowVectors, LENS_WORDS,
-    LensCell, LensShard, TRANSITIONS, Transition,
+    self, CHANGES, Change, Effect, FlowEntry, FlowInfo, FlowLatents, FlowText, FlowThresholds, FlowVectors,
+    LENS_WORDS, LensCell, LensShard, TRANSITIONS, Transition,
 };
 use shared::pack::{self, FileEntry, Manifest, PackError, TextEntry};
 use shared::tap::{Site, TapPoint};
-use shared::{Codes, CodesBuilder, Rows, Sae, reference};
+use shared::{Activation, Codes, CodesBuilder, Rows, Sae, SaeParts, layer_thresholds, reference};
 
 use crate::fixture_pack::{
     Corpus, D_IN, N_LATENTS, N_TOKENS, Stream, VOCABULARY, corpus, described, manifest, sae,
@@ -38,8 +38,11 @@ pub fn files() -> Result<BTreeMap<String, Vec<u8>>, PackError> {
     let sae = sae()?;
     let base = corpus(&sae, 2, N_TOKENS)?;
     let layers: Vec<Vec<f32>> = (0..N_LAYERS).map(|layer| vectors(&base, layer)).collect();
-    let codes = layers.iter().map(|x| Ok(reference::encode(&sae, Rows::new(x, D_IN)?)?));
+    let thresholds: Vec<f32> = (0..N_LAYERS).flat_map(|layer| thresholds(&sae, layer)).collect();
+    let saes = (0..N_LAYERS).map(|layer| at(&sae, layer)).collect::<Result<Vec<Sae>, PackError>>()?;
+    let codes = layers.iter().zip(&saes).map(|(x, sae)| Ok(reference::encode(sae, Rows::new(x, D_IN)?)?));
     let codes: Vec<Codes> = codes.collect::<Result<_, PackError>>()?;
+    let sae = layer_thresholds::lowest(sae, &thresholds)?;
     let merged = Corpus { tokens: base.tokens, x: base.x, codes: largest(&codes)? };
     let mut files = described(&sae, &merged)?;
     files.insert(pack::TEXTS.to_owned(), TextEntry::write_list(&[])?);
@@ -51,7 +54,7 @@ pub fn files() -> Result<BTreeMap<String, Vec<u8>>, PackError> {
         let base = corpus(&sae, 20 + i as u64, n)?;
         let x: Vec<f32> = (0..N_LAYERS).flat_map(|layer| vectors(&base, layer)).collect();
         let rounded = FlowVectors::round(&x, N_LAYERS);
-        let text = text(&sae, &base, &rounded, &layers)?;
+        let text = text(&saes, &base, &rounded, &layers)?;
         let entry = FlowEntry {
             id: id.to_owned(),
             title: title.to_owned(),
@@ -66,6 +69,8 @@ pub fn files() -> Result<BTreeMap<String, Vec<u8>>, PackError> {
     }
     files.insert(flow::FLOW.to_owned(), FlowEntry::write_list(&entries)?);
     add_latents(&sae, &codes, &mut files)?;
+    let thresholds = FlowThresholds::new(thresholds, N_LATENTS);
+    files.insert(flow::FLOW_THRESHOLDS.to_owned(), thresholds.write()?);
 
     let layer = |layer| Layer {
         tap: TapPoint::new(Site::Resid, layer),
@@ -74,6 +79,7 @@ pub fn files() -> Result<BTreeMap<String, Vec<u8>>, PackError> {
     };
     let info = FlowInfo {
         layers: (0..N_LAYERS).map(layer).collect(),
+        thresholds_per_layer: true,
         n_described: N_DESCRIBED,
         latents_per_lens: PER_LENS,
     };
@@ -90,6 +96,18 @@ pub fn files() -> Result<BTreeMap<String, Vec<u8>>, PackError> {
     };
     files.insert(pack::MANIFEST.to_owned(), manifest.write()?);
     Ok(files)
+}
+
+/// The thresholds of a layer: those of the dictionary, some higher and some lower.
+fn thresholds(sae: &Sae, layer: usize) -> Vec<f32> {
+    let factor = |i: usize| [0.9, 1.0, 1.2][(layer + i) % 3];
+    (0..N_LATENTS).map(|i| sae.activation().threshold(i).unwrap_or(0.0) * factor(i)).collect()
+}
+
+/// The dictionary with the thresholds of a layer.
+fn at(sae: &Sae, layer: usize) -> Result<Sae, PackError> {
+    let activation = Activation::JumpRelu { threshold: thresholds(sae, layer) };
+    Ok(Sae::new(SaeParts { activation, ..sae.clone().into_parts() })?)
 }
 
 /// The vectors of `corpus` at a layer: each layer adds something of its own, and something of the token before.
@@ -138,10 +156,15 @@ fn encode(sae: &Sae, x: &[f32]) -> Result<Codes, PackError> {
     Ok(builder.finish())
 }
 
-fn text(sae: &Sae, base: &Corpus, vectors: &FlowVectors, corpus: &[Vec<f32>]) -> Result<FlowText, PackError> {
+fn text(
+    saes: &[Sae],
+    base: &Corpus,
+    vectors: &FlowVectors,
+    corpus: &[Vec<f32>],
+) -> Result<FlowText, PackError> {
     let t = base.tokens.len();
     let (mut all, mut errors, mut layers) = (CodesBuilder::new(N_LATENTS), Vec::new(), Vec::new());
-    for (layer, corpus) in corpus.iter().enumerate() {
+    for ((layer, corpus), sae) in corpus.iter().enumerate().zip(saes) {
         let x = vectors.layer(layer);
         let codes = encode(sae, &x)?;
         let rebuilt = reference::decode(sae, Rows::new(&x, D_IN)?, &codes)?;
@@ -164,7 +187,7 @@ fn text(sae: &Sae, base: &Corpus, vectors: &FlowVectors, corpus: &[Vec<f32>]) ->
         layers.push((x, codes));
     }
     let skip = (0..N_LAYERS * t).map(|cell| cell % t == 0).collect();
-    let effects = effects(sae, &layers)?;
+    let effects = effects(saes, &layers)?;
     Ok(FlowText { tokens: base.tokens.clone(), skip, codes: all.finish(), errors, effects })
 }
 
@@ -174,7 +197,7 @@ fn sum(codes: &Codes, latent: u32) -> f32 {
 }
 
 /// Takes the strongest latents out at a layer, each by itself, from that layer on.
-fn effects(sae: &Sae, layers: &[(Vec<f32>, Codes)]) -> Result<Vec<Effect>, PackError> {
+fn effects(saes: &[Sae], layers: &[(Vec<f32>, Codes)]) -> Result<Vec<Effect>, PackError> {
     let at = N_LAYERS / 3;
     let (_, here) = &layers[at];
     let mut order: Vec<u32> = (0..N_LATENTS as u32).collect();
@@ -186,12 +209,12 @@ fn effects(sae: &Sae, layers: &[(Vec<f32>, Codes)]) -> Result<Vec<Effect>, PackE
             let mut without = x.clone();
             for (token, (latents, values)) in here.iter().enumerate() {
                 let value = latents.binary_search(&latent).map_or(0.0, |at| values[at]);
-                let direction = sae.decoder_direction(latent as usize);
+                let direction = saes[at].decoder_direction(latent as usize);
                 for (x, d) in without[token * D_IN..(token + 1) * D_IN].iter_mut().zip(direction) {
                     *x -= value * d;
                 }
             }
-            let after = encode(sae, &without)?;
+            let after = encode(&saes[number], &without)?;
             let difference = |k: &u32| (sum(&after, *k) - sum(before, *k)).abs();
             let mut changed: Vec<u32> = (0..N_LATENTS as u32).filter(|k| difference(k) > 0.0).collect();
             changed.sort_by(|a, b| difference(b).total_cmp(&difference(a)));

@@ -3,7 +3,8 @@
 
 use conformance::fixture_flow;
 use conformance::fixture_pack::{self, D_IN, N_LATENTS};
-use shared::pack::flow::{self, FlowEntry, FlowLatents, FlowText, FlowVectors, LensShard};
+use shared::layer_thresholds::Thinner;
+use shared::pack::flow::{self, FlowEntry, FlowLatents, FlowText, FlowThresholds, FlowVectors, LensShard};
 use shared::pack::{self, Decoder, Encoder, FeatureShard, Group, Index, Manifest, Text, TextEntry};
 use shared::{Rows, reference};
 
@@ -83,13 +84,16 @@ fn the_fixture_of_several_layers_is_a_valid_pack_whose_codes_can_be_computed_aga
     let (n_layers, sae) = (info.layers.len(), &manifest.sae);
     let encoder = Encoder::read(sae, &files[pack::ENCODER]).unwrap().without_decoder(sae).unwrap();
     let entries = FlowEntry::read_list(&files[flow::FLOW]).unwrap();
+    let thresholds = FlowThresholds::read(info, N_LATENTS, &files[flow::FLOW_THRESHOLDS]).unwrap();
     for entry in &entries {
         let text = FlowText::read(entry, n_layers, N_LATENTS, &files[&entry.file]).unwrap();
         let vectors = FlowVectors::read(entry, n_layers, D_IN, &files[&entry.vectors]).unwrap();
         let t = text.tokens.len();
         for layer in 0..n_layers {
             let x = vectors.layer(layer);
-            let codes = reference::encode(&encoder, Rows::new(&x, D_IN).unwrap()).unwrap();
+            let x = Rows::new(&x, D_IN).unwrap();
+            let codes = reference::encode(&encoder, x).unwrap();
+            let codes = Thinner::new(&encoder).above(thresholds.layer(layer), x, &codes).unwrap();
             for token in (0..t).filter(|token| !text.skip[layer * t + token]) {
                 assert_eq!(text.codes.row(layer * t + token).0, codes.row(token).0, "{token} at {layer}");
             }

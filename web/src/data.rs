@@ -6,7 +6,9 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::sync::Arc;
 
-use shared::pack::flow::{self, FlowEntry, FlowInfo, FlowLatents, FlowText, FlowVectors, LensShard};
+use shared::pack::flow::{
+    self, FlowEntry, FlowInfo, FlowLatents, FlowText, FlowThresholds, FlowVectors, LensShard,
+};
 use shared::pack::{self, Catalogue, Encoder, FeatureShard, Index, Manifest, PackEntry, Text, TextEntry};
 use wasm_bindgen::{JsCast, JsValue};
 use wasm_bindgen_futures::JsFuture;
@@ -139,6 +141,17 @@ pub(crate) async fn flow_vectors(pack: &Pack, entry: &FlowEntry) -> Result<FlowV
     let bytes = file(pack, &entry.vectors).await?;
     FlowVectors::read(entry, flow_info(pack)?.layers.len(), pack.manifest.sae.d_in, &bytes)
         .map_err(|e| Failure::content(&path(pack, &entry.vectors), e))
+}
+
+/// The thresholds of layers, where they have their own.
+pub(crate) async fn flow_thresholds(pack: &Pack) -> Result<Option<FlowThresholds>, Failure> {
+    let info = flow_info(pack)?;
+    if !info.thresholds_per_layer {
+        return Ok(None);
+    }
+    let bytes = file(pack, flow::FLOW_THRESHOLDS).await?;
+    let read = FlowThresholds::read(info, pack.manifest.sae.n_latents, &bytes);
+    read.map(Some).map_err(|e| Failure::content(&path(pack, flow::FLOW_THRESHOLDS), e))
 }
 
 /// The described latents.

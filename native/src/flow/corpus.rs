@@ -163,7 +163,7 @@ impl Dictionary<'_> {
         let x = Rows::new(&x, raw.width())?;
         let sae = self.backend.sae();
         x.iter().for_each(|row| see(row, sae.rows().undo(row)));
-        let codes = self.backend.encode(x)?;
+        let codes = self.codes(layer, x)?;
         spread(&codes, &kept)
     }
 

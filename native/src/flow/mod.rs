@@ -15,15 +15,17 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
-use shared::Codes;
+use shared::layer_thresholds::{self, Thinner};
 use shared::metrics::Density;
 use shared::multi_layer::{Layer, MultiLayer};
-use shared::pack::flow::{self as section, FlowEntry, FlowInfo, FlowLatents};
+use shared::pack::flow::{self as section, FlowEntry, FlowInfo, FlowLatents, FlowThresholds};
+use shared::{Codes, Rows, Sae};
 
 use crate::cpu::CpuBackend;
 use crate::features::write::{PackWriter, manifest};
 use crate::features::{self, HISTOGRAM, Names, Options, Source, summarise_all};
 use crate::progress;
+use crate::sae_files::SaeFile;
 use crate::stop::StopFlag;
 use corpus::Corpus;
 use lens::Lens;
@@ -47,10 +49,39 @@ pub struct FlowOptions {
 /// The dictionary of several layers that a pack is made of, held for encoding.
 #[derive(Debug)]
 pub struct Dictionary<'a> {
-    /// In its own units.
+    /// In its own units, with the lowest thresholds of any layer.
     pub backend: CpuBackend,
     /// Its layers.
     pub layers: &'a [Layer],
+    /// Their thresholds `[L, n]`, where they have their own.
+    thresholds: &'a [f32],
+}
+
+impl<'a> Dictionary<'a> {
+    /// The dictionary `sae` of these layers; see [`layer_thresholds::lowest`].
+    ///
+    /// # Errors
+    /// If the layers' thresholds do not fit.
+    pub fn new(sae: &Sae, layers: &'a MultiLayer) -> Result<Self> {
+        let wanted = if layers.thresholds_per_layer { layers.layers.len() * sae.dims().n_latents } else { 0 };
+        let found = layers.thresholds.len();
+        ensure!(found == wanted, "the layers have {found} thresholds of their own, not {wanted}");
+        let lowest = layer_thresholds::lowest(sae.clone(), &layers.thresholds)?;
+        let backend = CpuBackend::new(lowest);
+        Ok(Self { backend, layers: &layers.layers, thresholds: &layers.thresholds })
+    }
+
+    /// Codes of vectors of layer number `layer`, in the dictionary's units.
+    ///
+    /// # Errors
+    /// If they are of another width.
+    pub fn codes(&self, layer: usize, x: Rows<'_>) -> Result<Codes> {
+        let (codes, n) = (self.backend.encode(x)?, self.backend.sae().dims().n_latents);
+        match self.thresholds.get(layer * n..(layer + 1) * n) {
+            Some(thresholds) => Ok(Thinner::new(self.backend.sae()).above(thresholds, x, &codes)?),
+            None => Ok(codes),
+        }
+    }
 }
 
 /// Collects everything and writes the pack at `out`, which appears whole or not at all.
@@ -66,12 +97,14 @@ pub fn collect(
     stop: &StopFlag,
 ) -> Result<()> {
     check(source, layers)?;
-    let sae = &source.file.sae;
-    let dictionary = Dictionary { backend: CpuBackend::new(sae.clone()), layers: &layers.layers };
+    let dictionary = Dictionary::new(&source.file.sae, layers)?;
+    let sae = dictionary.backend.sae();
     let mut writer = PackWriter::create(out)?;
     let corpus = corpus::encode(&dictionary, source.store, options.tokens, stop)?;
     let summaries = summarise_all(&corpus.table);
     let first = layers.layers[0].tap;
+    let lowest = SaeFile { sae: sae.clone(), metadata: source.file.metadata.clone() };
+    let source = &Source { file: &lowest, ..*source };
     let n_shards = features::write_features(
         source,
         options,
@@ -95,6 +128,10 @@ pub fn collect(
     }
     writer.add(section::FLOW, &FlowEntry::write_list(&entries)?)?;
     add_latents(source, &dictionary, &corpus, &described, &mut writer, stop)?;
+    if layers.thresholds_per_layer {
+        let thresholds = FlowThresholds::new(layers.thresholds.clone(), sae.dims().n_latents);
+        writer.add(section::FLOW_THRESHOLDS, &thresholds.write()?)?;
+    }
     // Its texts are those across layers; there are none at one layer.
     writer.add(shared::pack::TEXTS, &shared::pack::TextEntry::write_list(&[])?)?;
     let mut density = Density::new(sae.dims().n_latents);
@@ -102,6 +139,7 @@ pub fn collect(
     let histogram = density.log10_histogram(HISTOGRAM.0, HISTOGRAM.1).into();
     let info = FlowInfo {
         layers: layers.layers.clone(),
+        thresholds_per_layer: layers.thresholds_per_layer,
         n_described: described.len(),
         latents_per_lens: LATENTS_PER_LENS,
     };

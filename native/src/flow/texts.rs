@@ -131,7 +131,7 @@ fn one(
     let vectors = FlowVectors::round(&units, dictionary.layers.len());
     let (mut codes, mut errors) = (Vec::new(), Vec::new());
     for (layer, skip) in skip.iter().enumerate() {
-        let (found, missed) = encode(dictionary, &vectors.layer(layer), skip, &means[layer])?;
+        let (found, missed) = encode((dictionary, layer), &vectors.layer(layer), skip, &means[layer])?;
         codes.push(found);
         errors.push(missed);
     }
@@ -147,12 +147,17 @@ fn one(
 }
 
 /// Codes of vectors in the dictionary's units, and `‖x − x̂‖² / ‖x − mean‖²` of each; nothing and 0 where skipped.
-fn encode(dictionary: &Dictionary<'_>, x: &[f32], skip: &[bool], mean: &[f64]) -> Result<(Codes, Vec<f32>)> {
+fn encode(
+    (dictionary, layer): (&Dictionary<'_>, usize),
+    x: &[f32],
+    skip: &[bool],
+    mean: &[f64],
+) -> Result<(Codes, Vec<f32>)> {
     let width = mean.len();
     let kept = x.chunks_exact(width).zip(skip).filter(|(_, skip)| !**skip).flat_map(|(row, _)| row);
     let kept: Vec<f32> = kept.copied().collect();
     let rows = Rows::new(&kept, width)?;
-    let codes = dictionary.backend.encode(rows)?;
+    let codes = dictionary.codes(layer, rows)?;
     let rebuilt = dictionary.backend.decode(rows, &codes)?;
     let squared = |x: &[f32], y: &mut dyn Iterator<Item = f64>| -> f64 {
         x.iter().zip(y).map(|(x, y)| (f64::from(*x) - y).powi(2)).sum()
@@ -180,7 +185,7 @@ impl Run {
         let kept = raw.iter().zip(skip).filter(|(_, skip)| !**skip).flat_map(|(row, _)| row);
         let x = info.in_units(&kept.copied().collect::<Vec<_>>());
         let x = FlowVectors::round(&x, 1).layer(0);
-        let codes = dictionary.backend.encode(Rows::new(&x, raw.width())?)?;
+        let codes = dictionary.codes(layer, Rows::new(&x, raw.width())?)?;
         spread(&codes, &skip.iter().map(|skip| !skip).collect::<Vec<_>>())
     }
 

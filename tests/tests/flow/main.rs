@@ -12,6 +12,7 @@ use std::path::Path;
 
 use native::features::{self, Names};
 use native::stop::StopFlag;
+use shared::layer_thresholds::Thinner;
 use shared::lm::{TokenBatch, Until};
 use shared::pack::flow::{CHANGES, FlowText, FlowVectors, LENS_WORDS, TRANSITIONS, Transition};
 use shared::pack::{Encoder, Index};
@@ -28,8 +29,9 @@ fn close(found: f32, wanted: f64, what: &str) {
 
 #[test]
 fn every_number_is_that_of_plain_loops() {
-    for rows in [RowScaling::None, RowScaling::LAYER_NORM] {
-        let world = world(rows);
+    let kinds = [(RowScaling::None, false), (RowScaling::LAYER_NORM, false), (RowScaling::None, true)];
+    for (rows, own_thresholds) in kinds {
+        let world = world(rows, own_thresholds);
         let out = world.collect();
         let flow = flow(&out);
         let info = flow.manifest.flow.as_ref().unwrap();
@@ -107,7 +109,7 @@ fn texts(world: &World, flow: &Flow, corpus: &Corpus) {
                     let wanted = f64::from(*raw) / layer.scale;
                     assert!((f64::from(*x) - wanted).abs() <= wanted.abs() * 5e-4 + 1e-7, "{x} for {wanted}");
                 }
-                let codes = world.encode(x);
+                let codes = world.encode(number, x);
                 let (latents, values) = text.codes.row(cell);
                 assert_eq!(latents, codes.keys().copied().collect::<Vec<_>>(), "the same active latents");
                 for (value, wanted) in values.iter().zip(codes.values()) {
@@ -115,7 +117,9 @@ fn texts(world: &World, flow: &Flow, corpus: &Corpus) {
                 }
                 active += latents.len();
                 let one = Rows::new(x, d).unwrap();
-                let rebuilt = reference::decode(sae, one, &reference::encode(sae, one).unwrap()).unwrap();
+                let rebuilt =
+                    reference::decode(sae, one, &reference::encode(&world.sae(number), one).unwrap())
+                        .unwrap();
                 let off =
                     |y: &dyn Fn(usize) -> f64| (0..d).map(|i| (f64::from(x[i]) - y(i)).powi(2)).sum::<f64>();
                 close(text.errors[cell], off(&|i| f64::from(rebuilt[i])) / off(&|i| mean[i]), "an error");
@@ -138,7 +142,7 @@ fn effects(world: &World, text: &FlowText, vectors: &FlowVectors) -> usize {
         .map(|layer| {
             let x = vectors.layer(layer);
             let rows = x.chunks_exact(d).enumerate();
-            rows.map(|(i, x)| if text.skip[layer * t + i] { BTreeMap::new() } else { world.encode(x) })
+            rows.map(|(i, x)| if text.skip[layer * t + i] { BTreeMap::new() } else { world.encode(layer, x) })
                 .collect()
         })
         .collect();
@@ -166,7 +170,7 @@ fn effects(world: &World, text: &FlowText, vectors: &FlowVectors) -> usize {
                 let x: Vec<f32> = raw.iter().map(|&x| (f64::from(x) / scale) as f32).collect();
                 // One at a time, a vector is rounded at least as finely as together with others.
                 let x = FlowVectors::round(&x, 1).layer(0);
-                if text.skip[later * t + i] { BTreeMap::new() } else { world.encode(&x) }
+                if text.skip[later * t + i] { BTreeMap::new() } else { world.encode(later, &x) }
             });
             let after: Vec<BTreeMap<u32, f32>> = rows.collect();
             let after = |latent: u32| after.iter().map(|row| values(row, latent)).sum::<f64>();
@@ -304,7 +308,11 @@ fn same_again(out: &Path, flow: &Flow) {
     for (text, vectors) in &flow.texts {
         for layer in 0..TAPS.len() {
             let x = vectors.layer(layer);
-            let codes: Codes = reference::encode(&sae, Rows::new(&x, info.d_in).unwrap()).unwrap();
+            let x = Rows::new(&x, info.d_in).unwrap();
+            let mut codes: Codes = reference::encode(&sae, x).unwrap();
+            if let Some(thresholds) = &flow.thresholds {
+                codes = Thinner::new(&sae).above(thresholds.layer(layer), x, &codes).unwrap();
+            }
             for token in (0..text.tokens.len()).filter(|t| !text.skip[layer * text.tokens.len() + t]) {
                 assert_eq!(text.codes.row(layer * text.tokens.len() + token).0, codes.row(token).0);
             }
@@ -314,7 +322,7 @@ fn same_again(out: &Path, flow: &Flow) {
 
 #[test]
 fn a_stopped_or_misfit_flow_leaves_nothing() {
-    let mut world = world(RowScaling::None);
+    let mut world = world(RowScaling::None, false);
     let out = world.folder.path().join("pack");
     let stop = StopFlag::default();
     stop.raise();

@@ -18,7 +18,7 @@ use shared::format::SaeMetadata;
 use shared::lm::{LmError, Tap, TapAction};
 use shared::multi_layer::{Layer, MultiLayer};
 use shared::pack::Manifest;
-use shared::pack::flow::{self, FlowEntry, FlowLatents, FlowText, FlowVectors, LensShard};
+use shared::pack::flow::{self, FlowEntry, FlowLatents, FlowText, FlowThresholds, FlowVectors, LensShard};
 use shared::tap::TapPoint;
 use shared::{Activation, RowScaling, Rows, Sae, SaeParts, reference};
 
@@ -61,7 +61,7 @@ pub(crate) struct World {
 }
 
 /// A store of three layers, a random dictionary for them, and two texts.
-pub(crate) fn world(rows: RowScaling) -> World {
+pub(crate) fn world(rows: RowScaling, own_thresholds: bool) -> World {
     let folder = tempfile::tempdir().unwrap();
     let mut settings = prepare(folder.path());
     settings.taps = TAPS.map(str::to_owned).to_vec();
@@ -83,8 +83,15 @@ pub(crate) fn world(rows: RowScaling) -> World {
         Layer { tap, scale: if rows.is_none() { scale } else { 1.0 }, max_input_norm: limit }
     };
     let layers = TAPS.into_iter().enumerate().map(layer).collect();
+    let sae = sae(d, rows);
+    // Each layer scales the thresholds of the weights by its own factor, up and down.
+    let own = |layer: usize| (0..N).map(move |i| [0.8, 1.0, 1.3][(layer + i) % 3]);
+    let Activation::JumpRelu { threshold } = sae.activation() else { panic!("no thresholds") };
+    let scaled =
+        (0..TAPS.len()).flat_map(|layer| threshold.iter().zip(own(layer)).map(|(theta, by)| theta * by));
+    let thresholds = if own_thresholds { scaled.collect() } else { Vec::new() };
     let metadata =
-        SaeMetadata { layers: Some(MultiLayer::new(layers, Vec::new())), ..SaeMetadata::default() };
+        SaeMetadata { layers: Some(MultiLayer::new(layers, thresholds)), ..SaeMetadata::default() };
     let passage = |id: &str, from: usize| Passage {
         id: id.to_owned(),
         title: id.to_uppercase(),
@@ -100,7 +107,7 @@ pub(crate) fn world(rows: RowScaling) -> World {
         seed: 1,
         flow: FlowOptions { texts: 2, latents: DESCRIBED, effects: EFFECTS },
     };
-    World { folder, file: SaeFile { sae: sae(d, rows), metadata }, model, store, passages, options }
+    World { folder, file: SaeFile { sae, metadata }, model, store, passages, options }
 }
 
 impl World {
@@ -133,11 +140,22 @@ impl World {
     pub(crate) fn codes(&self, layer: usize, raw: &[f32]) -> BTreeMap<u32, f32> {
         let scale = self.layers()[layer].scale;
         let x: Vec<f32> = raw.iter().map(|&x| (f64::from(x) / scale) as f32).collect();
-        if self.kept(layer, raw) { self.encode(&x) } else { BTreeMap::new() }
+        if self.kept(layer, raw) { self.encode(layer, &x) } else { BTreeMap::new() }
     }
 
-    pub(crate) fn encode(&self, x: &[f32]) -> BTreeMap<u32, f32> {
-        let codes = reference::encode(&self.file.sae, Rows::new(x, x.len()).unwrap()).unwrap();
+    /// The dictionary with the thresholds of a layer.
+    pub(crate) fn sae(&self, layer: usize) -> Sae {
+        let layers = self.file.metadata.layers.as_ref().unwrap();
+        let mut parts = self.file.sae.clone().into_parts();
+        if layers.thresholds_per_layer {
+            let threshold = layers.thresholds[layer * N..(layer + 1) * N].to_vec();
+            parts.activation = Activation::JumpRelu { threshold };
+        }
+        Sae::new(parts).unwrap()
+    }
+
+    pub(crate) fn encode(&self, layer: usize, x: &[f32]) -> BTreeMap<u32, f32> {
+        let codes = reference::encode(&self.sae(layer), Rows::new(x, x.len()).unwrap()).unwrap();
         let (latents, values) = codes.row(0);
         latents.iter().copied().zip(values.iter().copied()).collect()
     }
@@ -191,6 +209,7 @@ pub(crate) struct Flow {
     pub(crate) texts: Vec<(FlowText, FlowVectors)>,
     pub(crate) latents: FlowLatents,
     pub(crate) lens: Vec<LensShard>,
+    pub(crate) thresholds: Option<FlowThresholds>,
 }
 
 pub(crate) fn flow(out: &Path) -> Flow {
@@ -210,5 +229,7 @@ pub(crate) fn flow(out: &Path) -> Flow {
         LensShard::read(shard, info.lens_range(shard).len(), n_layers, &numbers, &words).unwrap()
     });
     let lens = lens.collect();
-    Flow { manifest, entries, texts, latents, lens }
+    let own = info.thresholds_per_layer.then(|| read(flow::FLOW_THRESHOLDS));
+    let thresholds = own.map(|bytes| FlowThresholds::read(&info, n, &bytes).unwrap());
+    Flow { manifest, entries, texts, latents, lens, thresholds }
 }

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use leptos::prelude::*;
+use shared::layer_thresholds::Thinner;
 use shared::pack::Index;
-use shared::pack::flow::{FlowEntry, FlowLatents};
-use shared::{Codes, CodesBuilder};
+use shared::pack::flow::{FlowEntry, FlowLatents, FlowThresholds};
+use shared::{Codes, CodesBuilder, Rows, Sae};
 use wasm_bindgen::JsCast;
 use web_sys::{HtmlElement, KeyboardEvent};
 
@@ -239,9 +240,46 @@ async fn encode(
     let all = (0..stored.n_layers()).flat_map(|layer| vectors.layer(layer)).collect::<Vec<f32>>();
     let kept = all.chunks_exact(pack.manifest.sae.d_in).zip(cells()).filter(|(_, skip)| !skip);
     let x: Vec<f32> = kept.flat_map(|(row, _)| row).copied().collect();
-    let made = backend::encode_rows(pack, &x, wish, probe, progress).await?;
-    let codes = spread(&made.codes, cells()).map_err(|e| Failure::compute("Encoding the text", e))?;
+    let mut made = backend::encode_rows(pack, &x, wish, probe, progress).await?;
+    let fail = |e: shared::ShapeError| Failure::compute("Encoding the text", e);
+    if let Some(thresholds) = data::flow_thresholds(pack).await? {
+        let sae = data::encoder(pack).await?.without_decoder(&pack.manifest.sae);
+        let sae = sae.map_err(|e| Failure::content(shared::pack::ENCODER, e))?;
+        made.codes = thin(&sae, stored, &thresholds, &x, &made.codes).map_err(fail)?;
+    }
+    let codes = spread(&made.codes, cells()).map_err(fail)?;
     Ok(EncodedRows { codes, ..made })
+}
+
+/// Decides by each layer's own thresholds; a row for each vector that is not skipped.
+fn thin(
+    sae: &Sae,
+    stored: &Flow,
+    thresholds: &FlowThresholds,
+    x: &[f32],
+    codes: &Codes,
+) -> Result<Codes, shared::ShapeError> {
+    let (thinner, d_in) = (Thinner::new(sae), sae.dims().d_in);
+    let mut all = CodesBuilder::new(codes.n_latents());
+    let mut first = 0;
+    for layer in 0..stored.n_layers() {
+        let kept = (0..stored.n_tokens()).filter(|&token| !stored.skipped(layer, token)).count();
+        let mut here = CodesBuilder::new(codes.n_latents());
+        for row in first..(first + kept).min(codes.n_rows()) {
+            add_row(&mut here, codes.row(row))?;
+        }
+        let x = Rows::new(&x[first * d_in..(first + kept) * d_in], d_in)?;
+        for row in thinner.above(thresholds.layer(layer), x, &here.finish())?.iter() {
+            add_row(&mut all, row)?;
+        }
+        first += kept;
+    }
+    Ok(all.finish())
+}
+
+fn add_row(to: &mut CodesBuilder, (latents, values): (&[u32], &[f32])) -> Result<(), shared::ShapeError> {
+    latents.iter().zip(values).for_each(|(&latent, &value)| to.push(latent, value));
+    to.end_row()
 }
 
 /// Codes with an empty row for each that is skipped.
@@ -249,10 +287,8 @@ fn spread(codes: &Codes, skip: impl Iterator<Item = bool>) -> Result<Codes, shar
     let mut rows = codes.iter();
     let mut builder = CodesBuilder::new(codes.n_latents());
     for skip in skip {
-        if let (false, Some((latents, values))) = (skip, if skip { None } else { rows.next() }) {
-            latents.iter().zip(values).for_each(|(&latent, &value)| builder.push(latent, value));
-        }
-        builder.end_row()?;
+        let row = if skip { None } else { rows.next() };
+        add_row(&mut builder, row.unwrap_or_default())?;
     }
     Ok(builder.finish())
 }

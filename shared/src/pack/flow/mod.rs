@@ -6,11 +6,13 @@
 //!
 //! - [`text`]: a text's codes and errors, and what removing a latent changes; [`vectors`]: what its codes come from;
 //! - [`latents`]: where the described latents are active, and what goes with them at the next layer;
+//! - [`thresholds`]: those of layers that have their own;
 //! - [`lens`]: what each of them says about the next token at each layer.
 
 pub mod latents;
 pub mod lens;
 pub mod text;
+pub mod thresholds;
 pub mod vectors;
 
 use serde::{Deserialize, Serialize};
@@ -24,6 +26,7 @@ use std::collections::BTreeMap;
 pub use latents::{FlowLatents, Transition};
 pub use lens::{LensCell, LensShard};
 pub use text::{Change, Effect, FlowText};
+pub use thresholds::{FLOW_THRESHOLDS, FlowThresholds};
 pub use vectors::FlowVectors;
 
 /// Path of the list of texts inside a pack.
@@ -77,6 +80,9 @@ pub fn lens_words(shard: usize) -> String {
 pub struct FlowInfo {
     /// The layers of the dictionary, in the order of every axis of layers in the section.
     pub layers: Vec<Layer>,
+    /// Whether layers have thresholds of their own, in [`FLOW_THRESHOLDS`].
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub thresholds_per_layer: bool,
     /// Latents described in [`FLOW_LATENTS`] and in the lens.
     pub n_described: usize,
     /// Described latents in each shard of the lens (the last may hold fewer).
@@ -128,6 +134,9 @@ impl FlowInfo {
         let has = |path: &str| check(files.contains_key(path), MANIFEST, "files", path, "no such entry");
         has(FLOW)?;
         has(FLOW_LATENTS)?;
+        if self.thresholds_per_layer {
+            has(FLOW_THRESHOLDS)?;
+        }
         // At most one lookup more than there are entries, whatever `n_described` claims.
         (0..self.n_lenses()).try_for_each(|shard| has(&lens_numbers(shard)).and(has(&lens_words(shard))))
     }
@@ -208,7 +217,12 @@ pub(super) mod tests {
             scale: 1.5,
             max_input_norm: None,
         };
-        let info = FlowInfo { layers: vec![layer(0), layer(1)], n_described: 5, latents_per_lens: 2 };
+        let info = FlowInfo {
+            layers: vec![layer(0), layer(1)],
+            thresholds_per_layer: false,
+            n_described: 5,
+            latents_per_lens: 2,
+        };
         let lenses = (0..info.n_lenses()).flat_map(|shard| [lens_numbers(shard), lens_words(shard)]);
         for path in lenses.chain([FLOW.to_owned(), FLOW_LATENTS.to_owned()]) {
             files.insert(path, FileEntry::of(b"x"));
@@ -237,7 +251,8 @@ pub(super) mod tests {
     #[test]
     fn each_rule_of_the_section_is_enforced() {
         type Breaks = fn(&mut FlowInfo, &mut BTreeMap<String, FileEntry>);
-        let broken: [(&str, Breaks); 10] = [
+        let broken: [(&str, Breaks); 11] = [
+            (FLOW_THRESHOLDS, |i, _| i.thresholds_per_layer = true),
             (LAYERS, |i, _| i.layers.clear()),
             (LAYERS, |i, _| i.layers = vec![i.layers[0].clone(); 2]),
             (LAYERS, |i, _| i.layers[1].tap.layer = 2),
