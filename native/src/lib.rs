@@ -12,6 +12,7 @@ pub mod bench;
 pub mod cli;
 mod cmd;
 pub mod cpu;
+pub mod cuda;
 pub mod doctor;
 pub mod evaluate;
 pub mod features;

@@ -1,0 +1,58 @@
+// BatchTopK: of all pre-activations kept, the k N largest; ties go to earlier rows, then to lower latents.
+
+// Counts values by the 8 bits of their key at `shift`, among those whose higher bits are `prefix`. Grid: rows. Integer sums do
+// not depend on their order.
+extern "C" __global__ void batch_histogram(Step s, u32 prefix, u32 mask, u32 shift, u32 *histogram) {
+    __shared__ u32 counts[256];
+    for (u32 i = threadIdx.x; i < 256; i += THREADS) counts[i] = 0;
+    __syncthreads();
+    u32 row = blockIdx.x;
+    const float *z = s.kept_z + (u64)row * s.capacity;
+    for (u32 i = threadIdx.x; i < s.kept_counts[row]; i += THREADS) {
+        u32 key = __float_as_uint(z[i]);
+        if ((key & mask) == prefix) atomicAdd(&counts[key >> shift & 255], 1u);
+    }
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < 256; i += THREADS)
+        if (counts[i]) atomicAdd(&histogram[i], counts[i]);
+}
+
+// How many values of each row have this key. Grid: rows.
+extern "C" __global__ void batch_equal(Step s, u32 key, u32 *equal) {
+    __shared__ u32 count;
+    if (threadIdx.x == 0) count = 0;
+    __syncthreads();
+    u32 row = blockIdx.x;
+    const float *z = s.kept_z + (u64)row * s.capacity;
+    for (u32 i = threadIdx.x; i < s.kept_counts[row]; i += THREADS)
+        if (__float_as_uint(z[i]) == key) atomicAdd(&count, 1u);
+    __syncthreads();
+    if (threadIdx.x == 0) equal[row] = count;
+}
+
+// Keeps what is above the key, and of those equal to it the first `allowed` of the batch; `before` has how many of them earlier
+// rows have. Grid: rows.
+extern "C" __global__ void batch_retain(Step s, u32 key, u32 allowed, const u32 *before) {
+    __shared__ u32 scratch[33];
+    u32 row = blockIdx.x, count = s.kept_counts[row], kept = 0, equal_seen = before[row];
+    u32 *latents = s.kept_latents + (u64)row * s.capacity;
+    float *z = s.kept_z + (u64)row * s.capacity;
+    for (u32 start = 0; start < count; start += THREADS) {
+        u32 i = start + threadIdx.x, equal_total, total;
+        float value = i < count ? z[i] : 0.0f;
+        u32 latent = i < count ? latents[i] : 0;
+        u32 mine = __float_as_uint(value), equal = i < count && mine == key;
+        u32 rank = equal_seen + block_before(equal, scratch, &equal_total);
+        u32 stays = i < count && (mine > key || (equal && rank < allowed));
+        u32 place = kept + block_before(stays, scratch, &total);
+        __syncthreads();
+        if (stays) {
+            latents[place] = latent;
+            z[place] = value;
+        }
+        kept += total;
+        equal_seen += equal_total;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) s.kept_counts[row] = kept;
+}

@@ -1,0 +1,76 @@
+//! Sizes of launches and buffers, decided on the host and tested without a card.
+
+/// Bytes of pre-activations computed at a time: they are read back from the second-level cache (50 MB on an H100).
+const PRODUCTS: usize = 32 << 20;
+/// Latents of a product: a multiple of the tiles of a matrix product.
+const LATENTS: usize = 256;
+/// Parts of the sum over latents that the decoder bias feels, at most.
+const PARTS: usize = 2048;
+/// Room for kept pre-activations of a row at the start.
+const FIRST_CAPACITY: usize = 256;
+
+/// How many latents' pre-activations of `n_rows` rows are computed at a time, of `n_latents`.
+#[must_use]
+pub fn latents_at_once(n_rows: usize, n_latents: usize) -> usize {
+    let fit = PRODUCTS / 4 / n_rows.max(1) / LATENTS * LATENTS;
+    fit.clamp(LATENTS, 32 * LATENTS).min(n_latents.next_multiple_of(4))
+}
+
+/// How many consecutive latents one block updates.
+#[must_use]
+pub fn latents_of_block(n_latents: usize) -> usize {
+    n_latents.div_ceil(PARTS).max(1)
+}
+
+/// Room for the pre-activations kept of a row where they are those above a cut, before any is known.
+#[must_use]
+pub fn first_capacity(n_latents: usize) -> usize {
+    FIRST_CAPACITY.min(n_latents)
+}
+
+/// Room for a row after one of `capacity` was too little.
+#[must_use]
+pub fn more_capacity(capacity: usize, n_latents: usize) -> usize {
+    (2 * capacity).min(n_latents)
+}
+
+/// Room for the `k` largest of a row while they are looked for by `threads` at a time.
+#[must_use]
+pub fn capacity_of_largest(k: usize, threads: usize) -> usize {
+    (2 * k + 2 * threads).max(1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn products_fit_the_cache_and_cover_all_latents() {
+        assert_eq!(latents_at_once(4096, 131_072), 2048);
+        assert_eq!(latents_at_once(2048, 131_072), 4096);
+        assert_eq!(latents_at_once(1 << 20, 131_072), LATENTS);
+        assert_eq!(latents_at_once(1, 10), 12);
+        for n_rows in [1, 100, 4096, 100_000] {
+            for n_latents in [1, 255, 4096, 1 << 20] {
+                let width = latents_at_once(n_rows, n_latents);
+                assert!(width > 0 && width.is_multiple_of(4));
+                assert!(width <= LATENTS || width * n_rows * 4 <= PRODUCTS);
+            }
+        }
+    }
+
+    #[test]
+    fn parts_are_few_and_room_grows_to_everything() {
+        for n_latents in [1, 2047, 2048, 2049, 1 << 20] {
+            assert!(n_latents.div_ceil(latents_of_block(n_latents)) <= PARTS);
+        }
+        let mut capacity = first_capacity(5000);
+        while capacity < 5000 {
+            let more = more_capacity(capacity, 5000);
+            assert!(more > capacity);
+            capacity = more;
+        }
+        assert_eq!(capacity, 5000);
+        assert!(capacity_of_largest(512, 256) >= 512 + 256);
+    }
+}

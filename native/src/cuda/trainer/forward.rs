@@ -1,0 +1,271 @@
+//! The forward half of a step on a device: what is active, what it decodes to, the losses.
+
+use anyhow::{Result, ensure};
+use shared::Rows;
+use shared::loss::{Losses, Objective};
+
+use super::super::device::{Argument, Buffer, MatrixAt, Product};
+use super::super::geometry;
+use super::super::kernels::Kernel;
+use super::super::step::ROW_SUMS;
+use super::buffers::Workspace;
+use super::{CudaForward, CudaTrainer};
+use crate::train::Latents;
+
+impl CudaTrainer {
+    /// Forward pass over normalised rows `x [N, d_in]` with targets `y [N, d_out]`.
+    ///
+    /// # Errors
+    /// If rows do not have the right widths, there are none, or the device fails.
+    pub fn forward(&mut self, x: Rows<'_>, y: Rows<'_>, objective: &Objective) -> Result<CudaForward> {
+        x.expect_width("x", self.about.d_in)?;
+        y.expect_width("y", self.about.d_out)?;
+        let n_rows = x.n_rows();
+        ensure!(
+            n_rows > 0 && n_rows < 1 << 30 && y.n_rows() == n_rows,
+            "a training step needs as many targets as rows, and at least one"
+        );
+        self.write_objective(objective)?;
+        loop {
+            let mut work = self.workspace(n_rows, objective)?;
+            work.x.write(x.data())?;
+            work.y.write(y.data())?;
+            self.told = self.describe(&work, objective);
+            let found = self.pass(&mut work, objective);
+            self.workspace = Some(work);
+            if let Some(forward) = found? {
+                return Ok(forward);
+            }
+            self.capacity = geometry::more_capacity(self.capacity, self.about.n_latents());
+        }
+    }
+
+    /// What is said of the objective latent by latent.
+    fn write_objective(&self, objective: &Objective) -> Result<()> {
+        let mask = |dead: &[bool]| dead.iter().map(|&dead| u8::from(dead)).collect::<Vec<u8>>();
+        if let Some(aux) = &objective.aux_k {
+            self.fixed.dead.write(&mask(&aux.dead))?;
+        }
+        if let Some(pull) = &objective.dead_pull {
+            self.fixed.pull_dead.write(&mask(&pull.dead))?;
+        }
+        let n = u32::try_from(self.about.n_latents())?;
+        let (mut ends, mut weights) = (vec![n], vec![1.0f32]);
+        if !objective.prefixes.is_empty() {
+            ends = objective.prefixes.iter().map(|p| p.n_latents as u32).collect();
+            weights = objective.prefixes.iter().map(|p| p.weight as f32).collect();
+        }
+        ensure!(ends.len() <= 64, "{} nested prefixes; at most 64 are supported", ends.len());
+        self.fixed.stretch_ends.write(&ends)?;
+        self.fixed.stretch_weights.write(&weights)
+    }
+
+    /// A pass; `None` when a row had too little room.
+    fn pass(&mut self, work: &mut Workspace, objective: &Objective) -> Result<Option<CudaForward>> {
+        let n_rows = work.n_rows;
+        if self.about.pre_bias {
+            self.launch(Kernel::Center, n_rows, &[])?;
+        }
+        self.encode(work, objective)?;
+        if self.fixed.overflow.read::<u32>(1)? != [0] {
+            return Ok(None);
+        }
+        let mut smallest = None;
+        if let Latents::BatchTopK { k, .. } = self.about.latents {
+            let wanted = k * n_rows;
+            let mut found = self.n_kept(work)?;
+            if found < wanted && self.told.cut > 0.0 {
+                self.told.cut = 0.0;
+                self.encode(work, objective)?;
+                if self.fixed.overflow.read::<u32>(1)? != [0] {
+                    return Ok(None);
+                }
+                found = self.n_kept(work)?;
+            }
+            smallest = self.keep_batch(work, wanted, found)?;
+        }
+        self.order(work)?;
+        if self.has_skip() {
+            let (d_in, d_out) = (self.about.d_in, self.about.d_out);
+            self.device.product(&Product {
+                m: n_rows,
+                n: d_out,
+                k: d_in,
+                a: MatrixAt { at: work.x.at(), leading: d_in, transposed: false },
+                b: MatrixAt { at: self.params.w_skip.at(), leading: d_in, transposed: true },
+                c: MatrixAt { at: work.base.at(), leading: d_out, transposed: false },
+                precision: self.precision,
+            })?;
+        }
+        self.launch(Kernel::Decode, n_rows, &[])?;
+        let lengths = Argument::Address(self.fixed.lengths.at());
+        if self.told.decoder_norm != 0 {
+            self.launch(Kernel::Lengths, self.about.n_latents(), &[lengths])?;
+        }
+        self.fixed.fired.clear()?;
+        self.launch(Kernel::Tally, n_rows, &[lengths])?;
+        self.launch(Kernel::Totals, 1, &[])?;
+        self.found(work, objective, smallest).map(Some)
+    }
+
+    /// The encoder product, some latents at a time, and what is kept of it.
+    fn encode(&self, work: &Workspace, objective: &Objective) -> Result<()> {
+        let (n, n_rows, d_in) = (self.about.n_latents(), work.n_rows, self.about.d_in);
+        let largest = matches!(self.about.latents, Latents::TopK { .. });
+        let dead = objective.aux_k.as_ref().is_some_and(|aux| aux.k > 0 && aux.dead.contains(&true));
+        self.launch(Kernel::Thresholds, self.shape.blocks(n), &[])?;
+        work.kept_counts.clear()?;
+        work.dead_counts.clear()?;
+        work.floors.clear()?;
+        self.fixed.overflow.clear()?;
+        let at_once = geometry::latents_at_once(n_rows, n);
+        for first in (0..n).step_by(at_once) {
+            let width = at_once.min(n - first);
+            self.device.product(&Product {
+                m: n_rows,
+                n: width,
+                k: d_in,
+                a: MatrixAt { at: self.told.input, leading: d_in, transposed: false },
+                b: MatrixAt {
+                    at: self.params.w_enc.at() + 4 * (first * d_in) as u64,
+                    leading: d_in,
+                    transposed: true,
+                },
+                c: MatrixAt { at: work.products.at(), leading: at_once, transposed: false },
+                precision: self.precision,
+            })?;
+            let [first, width, leading] = [first, width, at_once].map(|n| Argument::U32(n as u32));
+            if largest {
+                self.launch(Kernel::KeepLargest, n_rows, &[first, width, leading, Argument::U32(0)])?;
+            } else {
+                self.launch(Kernel::KeepAbove, n_rows, &[first, width, leading])?;
+            }
+            if dead {
+                self.launch(Kernel::KeepLargest, n_rows, &[first, width, leading, Argument::U32(1)])?;
+            }
+        }
+        match (self.about.latents, &objective.multi) {
+            (Latents::TopK { k }, Some(multi)) if multi.k > k => {
+                self.launch(Kernel::MarkMulti, n_rows, &[Argument::U32(k as u32)])
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn n_kept(&self, work: &Workspace) -> Result<usize> {
+        Ok(work.kept_counts.read::<u32>(work.n_rows)?.into_iter().map(|count| count as usize).sum())
+    }
+
+    /// Keeps the `wanted` largest of all rows, ties going to earlier ones, of `found`; returns the smallest kept.
+    fn keep_batch(&self, work: &Workspace, wanted: usize, found: usize) -> Result<Option<f32>> {
+        if wanted == 0 || found <= wanted {
+            return self.smallest(work);
+        }
+        let (mut prefix, mut mask, mut left) = (0u32, 0u32, wanted);
+        for shift in [24u32, 16, 8, 0] {
+            self.fixed.histogram.clear()?;
+            let histogram = Argument::Address(self.fixed.histogram.at());
+            let key = [Argument::U32(prefix), Argument::U32(mask), Argument::U32(shift), histogram];
+            self.launch(Kernel::BatchHistogram, work.n_rows, &key)?;
+            let counts = self.fixed.histogram.read::<u32>(256)?;
+            let (mut bin, mut above) = (255usize, 0usize);
+            while bin > 0 && above + (counts[bin] as usize) < left {
+                above += counts[bin] as usize;
+                bin -= 1;
+            }
+            (prefix, mask, left) = (prefix | (bin as u32) << shift, mask | 255 << shift, left - above);
+        }
+        let (equal, before) = (work.equal.at(), work.equal.at() + 4 * work.n_rows as u64);
+        let (equal, before) = (Argument::Address(equal), Argument::Address(before));
+        self.launch(Kernel::BatchEqual, work.n_rows, &[Argument::U32(prefix), equal])?;
+        let n_rows = Argument::U32(work.n_rows as u32);
+        self.device.launch(Kernel::Scan, self.shape, 1, &[equal, before, n_rows])?;
+        let retain = [Argument::U32(prefix), Argument::U32(left as u32), before];
+        self.launch(Kernel::BatchRetain, work.n_rows, &retain)?;
+        Ok(Some(f32::from_bits(prefix)))
+    }
+
+    /// The smallest value kept, where that is everything positive.
+    fn smallest(&self, work: &Workspace) -> Result<Option<f32>> {
+        let counts = work.kept_counts.read::<u32>(work.n_rows)?;
+        let z = work.kept_z.read::<f32>(work.n_rows * work.capacity)?;
+        let rows = z.chunks(work.capacity).zip(counts);
+        Ok(rows.flat_map(|(row, count)| &row[..count as usize]).copied().min_by(f32::total_cmp))
+    }
+
+    /// What was kept, by latent.
+    fn order(&mut self, work: &mut Workspace) -> Result<()> {
+        let n = self.about.n_latents();
+        self.fixed.cursors.clear()?;
+        self.launch(Kernel::CountEntries, work.n_rows, &[])?;
+        let counts = Argument::Address(self.fixed.cursors.at());
+        let offsets = Argument::Address(self.fixed.offsets.at());
+        self.device.launch(Kernel::Scan, self.shape, 1, &[counts, offsets, Argument::U32(n as u32)])?;
+        let mut total = [0u32];
+        self.fixed.offsets.read_from(n, &mut total)?;
+        let total = total[0] as usize;
+        if total > work.n_entries {
+            // A little more than asked for, so that the next batch fits too.
+            work.n_entries = total + total / 4;
+            for buffer in work.keys.iter_mut().chain(&mut work.values) {
+                *buffer = Buffer::new::<u32>(&self.device, work.n_entries)?;
+            }
+        }
+        self.told.keys = work.keys[0].at();
+        self.told.sorted_keys = work.keys[1].at();
+        self.told.values = work.values[0].at();
+        self.told.sorted_values = work.values[1].at();
+        self.fixed.cursors.clear()?;
+        self.launch(Kernel::PlaceEntries, work.n_rows, &[])?;
+        self.launch(Kernel::SortEntries, n, &[])
+    }
+
+    /// Reads what the pass found.
+    fn found(&self, work: &Workspace, objective: &Objective, smallest: Option<f32>) -> Result<CudaForward> {
+        let totals = self.fixed.totals.read::<f64>(ROW_SUMS)?;
+        let fired = self.fixed.fired.read::<u8>(self.about.n_latents())?;
+        let n = work.n_rows as f64;
+        let [whole, prefixes, multi, gate, aux, active, penalty, power_a, power_b] =
+            std::array::from_fn(|i| totals[i]);
+        let (nu, l0) = (objective.normaliser, active / n);
+        let multi = objective.multi.map_or(0.0, |term| term.weight * multi);
+        let mut auxiliary = gate / n / nu;
+        if let Some(pull) = &objective.dead_pull {
+            auxiliary += pull.weight * self.pull_terms()? / n;
+        }
+        let mut left_variance = 0.0;
+        if let Some(term) = &objective.aux_k {
+            let columns = [Argument::Address(self.fixed.column_sums.at())];
+            self.launch(Kernel::ResidualSums, self.shape.blocks(self.about.d_out), &columns)?;
+            let sums = self.fixed.column_sums.read::<f64>(self.about.d_out)?;
+            left_variance = (whole / n - sums.iter().map(|sum| (sum / n).powi(2)).sum::<f64>()).max(0.0);
+            if left_variance > 0.0 && term.dead.contains(&true) {
+                auxiliary += term.weight * aux / n / left_variance;
+            }
+        }
+        let losses = Losses {
+            mse: whole / n,
+            reconstruction: (prefixes + multi) / n / nu,
+            sparsity: objective.sparsity.of_l0(l0) + penalty / n,
+            auxiliary,
+            l0,
+        };
+        Ok(CudaForward {
+            losses,
+            n_active: active as usize,
+            fired: (0u32..).zip(fired).filter_map(|(latent, fired)| (fired != 0).then_some(latent)).collect(),
+            mean_powers: [power_a / n, power_b / n],
+            left_variance,
+            smallest,
+            step: self.step,
+        })
+    }
+
+    /// The dead-latent loss before its weight, summed over rows.
+    fn pull_terms(&self) -> Result<f64> {
+        let n = self.about.n_latents();
+        self.launch(Kernel::InputSums, self.shape.blocks(self.about.d_in), &[])?;
+        self.launch(Kernel::PullTerms, n, &[Argument::Address(self.fixed.terms.at())])?;
+        Ok(self.fixed.terms.read::<f64>(n)?.iter().sum())
+    }
+}

@@ -1,0 +1,172 @@
+//! One training step on a device: what `crate::train::step` does on the processor, with the same parameters, moments and result but
+//! for the order of sums.
+//!
+//! The encoder product is computed for some latents at a time and thinned out at once; everything after it touches what was kept.
+//! With the same batch and device the result has the same bits: sums have a fixed order.
+
+use std::sync::Arc;
+
+use anyhow::{Result, ensure};
+use shared::loss::Losses;
+
+use super::device::{Argument, Buffer, Device, ProductPrecision};
+use super::geometry;
+use super::kernels::{Kernel, Shape};
+use super::step::{ROW_SUMS, Step};
+use crate::train::{Moments, Params, Tensors};
+use buffers::{Arrays, Fixed, Workspace};
+
+mod buffers;
+mod describe;
+mod forward;
+mod update;
+
+/// Rows of a part of the sum over rows.
+const ROWS_OF_PART: usize = 32;
+/// A share of the last smallest value chosen above which BatchTopK looks for its largest values first.
+const SEARCH_FROM: f32 = 0.5;
+/// Weight of the newest batch in the running threshold of BatchTopK.
+const NEWEST: f32 = 0.01;
+
+type Shared = Arc<dyn Device + Send + Sync>;
+
+/// What a forward pass found; the rest of it is on the device until the next one.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CudaForward {
+    /// The losses of the batch.
+    pub losses: Losses,
+    /// Active (row, latent) pairs.
+    pub n_active: usize,
+    /// The latents that fired, ascending.
+    pub fired: Vec<u32>,
+    /// `mean_n Σ_i v_i^p` for the two powers asked for.
+    pub mean_powers: [f64; 2],
+    /// Variance of what the dictionary leaves.
+    left_variance: f64,
+    /// The smallest value that BatchTopK chose.
+    smallest: Option<f32>,
+    /// The step before which it was taken.
+    step: u64,
+}
+
+/// Parameters and moments on a device, and the number of steps taken.
+#[derive(Debug)]
+pub struct CudaTrainer {
+    device: Shared,
+    shape: Shape,
+    /// Widths, the latent function and the pre-bias; the numbers are on the device.
+    about: Params,
+    skip: bool,
+    params: Arrays,
+    first: Option<Arrays>,
+    second: Arrays,
+    weights_step: Buffer,
+    own_step: Buffer,
+    fixed: Fixed,
+    workspace: Option<Workspace>,
+    capacity: usize,
+    precision: ProductPrecision,
+    /// What the kernels of the last forward pass were told.
+    told: Step,
+    /// Steps taken.
+    pub step: u64,
+    /// The powers that the next forward pass takes means of.
+    pub powers: [f64; 2],
+}
+
+impl CudaTrainer {
+    /// Goes on after `step` steps with these parameters and moments.
+    ///
+    /// # Errors
+    /// If the device has too little memory.
+    pub fn new(
+        device: Shared,
+        params: &Params,
+        moments: &Moments,
+        step: u64,
+        precision: ProductPrecision,
+    ) -> Result<Self> {
+        let (n, d_in, d_out) = (params.n_latents(), params.d_in, params.d_out);
+        ensure!(n > 0 && n < 1 << 31, "a dictionary of {n} latents");
+        let shape = Shape::new(d_in, d_out);
+        let steps = |steps: &[u64]| {
+            let steps: Vec<u32> = steps.iter().map(|&step| u32::try_from(step).unwrap_or(u32::MAX)).collect();
+            Buffer::of(&device, &steps)
+        };
+        let n_parts = n.div_ceil(geometry::latents_of_block(n));
+        let floats = |n: usize| Buffer::zeros::<f32>(&device, n);
+        let fixed = Fixed {
+            thetas: floats(n)?,
+            cuts: floats(n)?,
+            offsets: Buffer::zeros::<u32>(&device, n + 1)?,
+            cursors: Buffer::zeros::<u32>(&device, n)?,
+            fired: Buffer::zeros::<u8>(&device, n)?,
+            dead: Buffer::zeros::<u8>(&device, n)?,
+            pull_dead: Buffer::zeros::<u8>(&device, n)?,
+            lengths: floats(n)?,
+            terms: Buffer::zeros::<f64>(&device, n)?,
+            partial_through: floats(if params.pre_bias { n_parts * d_in } else { 0 })?,
+            input_sum: floats(d_in)?,
+            column_sums: Buffer::zeros::<f64>(&device, d_out)?,
+            totals: Buffer::zeros::<f64>(&device, ROW_SUMS)?,
+            overflow: Buffer::zeros::<u32>(&device, 1)?,
+            histogram: Buffer::zeros::<u32>(&device, 256)?,
+            stretch_ends: Buffer::zeros::<u32>(&device, 64)?,
+            stretch_weights: floats(64)?,
+            g_skip: floats(params.tensors.w_skip.len())?,
+        };
+        let about = Params {
+            tensors: Tensors { b_enc: vec![0.0; n], ..Tensors::zeros(0, 0, 0, false) },
+            ..params.clone()
+        };
+        Ok(Self {
+            params: Arrays::of(&device, &params.tensors)?,
+            first: moments.first.as_ref().map(|first| Arrays::of(&device, first)).transpose()?,
+            second: Arrays::of(&device, &moments.second)?,
+            weights_step: steps(&moments.weights_step)?,
+            own_step: steps(&moments.own_step)?,
+            capacity: geometry::first_capacity(n),
+            workspace: None,
+            told: Step::default(),
+            powers: [1.0, 1.0],
+            skip: !params.tensors.w_skip.is_empty(),
+            device,
+            shape,
+            about,
+            fixed,
+            precision,
+            step,
+        })
+    }
+
+    /// Parameters and moments as they stand.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn download(&self) -> Result<(Params, Moments)> {
+        let (n, d_in, d_out) = (self.about.n_latents(), self.about.d_in, self.about.d_out);
+        let zeros = || Tensors::zeros(n, d_in, d_out, self.has_skip());
+        let mut params = Params { tensors: zeros(), ..self.about.clone() };
+        self.params.read_into(&mut params.tensors)?;
+        let mut moments = Moments::new(&params, self.first.is_some());
+        self.second.read_into(&mut moments.second)?;
+        if let (Some(first), Some(into)) = (&self.first, &mut moments.first) {
+            first.read_into(into)?;
+        }
+        let steps = |buffer: &Buffer| -> Result<Vec<u64>> {
+            Ok(buffer.read::<u32>(n)?.into_iter().map(u64::from).collect())
+        };
+        (moments.weights_step, moments.own_step) = (steps(&self.weights_step)?, steps(&self.own_step)?);
+        Ok((params, moments))
+    }
+
+    fn has_skip(&self) -> bool {
+        self.skip
+    }
+
+    /// Launches a kernel that is told everything, and `more`.
+    fn launch(&self, kernel: Kernel, blocks: usize, more: &[Argument<'_>]) -> Result<()> {
+        let told = [Argument::Bytes(bytemuck::bytes_of(&self.told))];
+        self.device.launch(kernel, self.shape, blocks, &[&told, more].concat())
+    }
+}

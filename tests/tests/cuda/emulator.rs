@@ -1,0 +1,217 @@
+//! A device of the processor: compiles the CUDA kernels with the C++ compiler and runs their threads as fibers
+//! (`cuda_on_cpu.h`), so that everything above the seam of `native::cuda` is tested without a card.
+#![expect(unsafe_code, reason = "calls into the library made of the kernels, at addresses that it allocated")]
+
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::c_void;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
+
+use anyhow::{Context, Result, ensure};
+use libloading::Library;
+use native::cuda::{Address, Argument, Device, Kernel, PRELUDE, Product, Shape};
+
+type Entry = unsafe extern "C" fn(u32, u32, *mut *mut c_void);
+
+/// The device. Its memory is the program's, and is checked to be used within what was allocated.
+#[derive(Debug)]
+pub struct Emulator {
+    folder: PathBuf,
+    libraries: Mutex<HashMap<Shape, Library>>,
+    memory: Mutex<BTreeMap<Address, Vec<u64>>>,
+}
+
+impl Emulator {
+    /// A device that keeps its libraries in `folder`.
+    #[must_use]
+    pub fn new(folder: &Path) -> Self {
+        let (libraries, memory) = Default::default();
+        Self { folder: folder.to_owned(), libraries, memory }
+    }
+
+    /// Bytes allocated and not given back.
+    #[must_use]
+    pub fn in_use(&self) -> usize {
+        lock(&self.memory).values().map(|words| 8 * words.len()).sum()
+    }
+
+    /// One library with all kernels for `shape`.
+    fn compile(&self, shape: Shape) -> Result<Library> {
+        let mut source = format!("#include \"{}\"\n", header().display());
+        for (name, value) in shape.defines() {
+            let _ = writeln!(source, "#define {name} {value}");
+        }
+        let _ = writeln!(source, "extern \"C\" {{\n{PRELUDE}\n}}");
+        let mut files: Vec<&str> = Vec::new();
+        for &kernel in Kernel::ALL {
+            let name = kernel.entry();
+            if !files.contains(&kernel.file()) {
+                // Helpers of one file do not meet those of another.
+                let space = kernel.file().trim_end_matches(".cu");
+                let _ = writeln!(source, "namespace file_{space} {{\n{}\n}}", kernel.source());
+                files.push(kernel.file());
+            }
+            let space = kernel.file().trim_end_matches(".cu");
+            let _ = writeln!(
+                source,
+                "extern \"C\" void run_{name}(unsigned blocks, unsigned threads, void **args) {{\n\
+                 emulator::run([](void **a) {{ emulator::call(file_{space}::{name}, a); }}, blocks, threads, args);\n}}"
+            );
+        }
+        source.push_str("extern \"C\" unsigned size_of_step() { return sizeof(Step); }\n");
+        let name = format!("kernels-{}-{}-{}", shape.d_in, shape.d_out, shape.threads);
+        let (cpp, so) = (self.folder.join(format!("{name}.cpp")), self.folder.join(format!("{name}.so")));
+        std::fs::write(&cpp, source)?;
+        let output = Command::new("c++")
+            .args([
+                "-std=c++17",
+                "-O1",
+                "-shared",
+                "-fPIC",
+                "-U_FORTIFY_SOURCE",
+                "-ffp-contract=off",
+                "-w",
+                "-o",
+            ])
+            .arg(&so)
+            .arg(&cpp)
+            .output()
+            .context("the tests of the CUDA kernels need a C++ compiler, `c++`")?;
+        ensure!(
+            output.status.success(),
+            "the kernels do not compile:\n{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        // SAFETY: the library was made just now from the project's own sources, and runs nothing when loaded.
+        Ok(unsafe { Library::new(&so) }?)
+    }
+
+    /// What the compiler makes of the size of a step's description.
+    ///
+    /// # Errors
+    /// If the kernels do not compile.
+    pub fn size_of_step(&self, shape: Shape) -> Result<usize> {
+        let library = self.compile(shape)?;
+        // SAFETY: the function was written above, with this type.
+        let size = unsafe { library.get::<unsafe extern "C" fn() -> u32>(b"size_of_step")?() };
+        Ok(size as usize)
+    }
+
+    /// Whether `bytes` bytes at `at` were allocated as one piece.
+    fn check(&self, at: Address, bytes: usize) -> Result<()> {
+        let memory = lock(&self.memory);
+        let found = memory.range(..=at).next_back();
+        let inside = found.is_some_and(|(start, words)| at - start + bytes as u64 <= 8 * words.len() as u64);
+        ensure!(inside, "{bytes} bytes at {at:#x} were not allocated");
+        Ok(())
+    }
+
+    fn floats(&self, at: Address, n: usize) -> Result<&[f32]> {
+        self.check(at, 4 * n)?;
+        // SAFETY: checked just now; memory is given back only by `release`, which nobody calls while a product runs.
+        Ok(unsafe { std::slice::from_raw_parts(at as *const f32, n) })
+    }
+}
+
+fn header() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cuda/cuda_on_cpu.h")
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+impl Device for Emulator {
+    fn name(&self) -> String {
+        "CUDA kernels on the processor".to_owned()
+    }
+
+    fn memory(&self) -> Result<(u64, u64)> {
+        Ok((1 << 40, 1 << 40))
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Address> {
+        // What nobody wrote is no number, so that reading it is seen.
+        let words = vec![u64::MAX; bytes.div_ceil(8)];
+        let at = words.as_ptr() as Address;
+        lock(&self.memory).insert(at, words);
+        Ok(at)
+    }
+
+    fn release(&self, at: Address) {
+        lock(&self.memory).remove(&at);
+    }
+
+    fn upload(&self, to: Address, bytes: &[u8]) -> Result<()> {
+        self.check(to, bytes.len())?;
+        // SAFETY: checked just now.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to as *mut u8, bytes.len()) };
+        Ok(())
+    }
+
+    fn download(&self, from: Address, into: &mut [u8]) -> Result<()> {
+        self.check(from, into.len())?;
+        // SAFETY: checked just now.
+        unsafe { std::ptr::copy_nonoverlapping(from as *const u8, into.as_mut_ptr(), into.len()) };
+        Ok(())
+    }
+
+    fn fill(&self, at: Address, byte: u8, bytes: usize) -> Result<()> {
+        if bytes > 0 {
+            self.check(at, bytes)?;
+            // SAFETY: checked just now.
+            unsafe { std::ptr::write_bytes(at as *mut u8, byte, bytes) };
+        }
+        Ok(())
+    }
+
+    fn launch(&self, kernel: Kernel, shape: Shape, blocks: usize, arguments: &[Argument<'_>]) -> Result<()> {
+        ensure!(blocks > 0, "{} was launched with no block", kernel.entry());
+        let mut libraries = lock(&self.libraries);
+        if !libraries.contains_key(&shape) {
+            let library = self.compile(shape)?;
+            libraries.insert(shape, library);
+        }
+        let name = format!("run_{}", kernel.entry());
+        let mut pointers: Vec<*mut c_void> = arguments
+            .iter()
+            .map(|argument| match argument {
+                Argument::Bytes(bytes) => bytes.as_ptr() as *mut c_void,
+                Argument::Address(value) | Argument::U64(value) => std::ptr::from_ref(value) as *mut c_void,
+                Argument::U32(value) => std::ptr::from_ref(value) as *mut c_void,
+            })
+            .collect();
+        // SAFETY: the function was written by `compile`, with this type; arguments are only read, in the sizes the kernel has.
+        unsafe {
+            let entry = libraries[&shape].get::<Entry>(name.as_bytes())?;
+            entry(u32::try_from(blocks)?, u32::try_from(shape.threads)?, pointers.as_mut_ptr());
+        }
+        Ok(())
+    }
+
+    fn product(&self, product: &Product) -> Result<()> {
+        let Product { m, n, k, a, b, c, .. } = *product;
+        let size = |rows: usize, columns: usize, leading: usize| (rows.max(1) - 1) * leading + columns;
+        let (a_rows, a_columns) = if a.transposed { (k, m) } else { (m, k) };
+        let (b_rows, b_columns) = if b.transposed { (n, k) } else { (k, n) };
+        let left = self.floats(a.at, size(a_rows, a_columns, a.leading))?;
+        let right = self.floats(b.at, size(b_rows, b_columns, b.leading))?;
+        let mut out = vec![0.0f32; n];
+        for i in 0..m {
+            for (j, out) in out.iter_mut().enumerate() {
+                let left = |t: usize| left[if a.transposed { t * a.leading + i } else { i * a.leading + t }];
+                let right =
+                    |t: usize| right[if b.transposed { j * b.leading + t } else { t * b.leading + j }];
+                *out = (0..k).map(|t| left(t) * right(t)).sum();
+            }
+            self.upload(c.at + 4 * (i * c.leading) as u64, bytemuck::cast_slice(&out))?;
+        }
+        Ok(())
+    }
+
+    fn wait(&self) -> Result<()> {
+        Ok(())
+    }
+}
