@@ -22,7 +22,7 @@ __device__ inline void add_direction(float *r, float factor, const float *direct
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) decode(Step s) {
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode(Step s) {
     __shared__ float scratch[32];
     u32 row = blockIdx.x, count = s.kept_counts[row];
     const u32 *latents = s.kept_latents + (u64)row * s.capacity;

@@ -11,6 +11,8 @@ typedef unsigned long long u64;
 // Values of a row that one thread holds.
 #define IN_EACH ((D_IN + THREADS - 1) / THREADS)
 #define OUT_EACH ((D_OUT + THREADS - 1) / THREADS)
+// Blocks that should fit a multiprocessor: two, where what a thread holds leaves the registers for it.
+#define MIN_BLOCKS (IN_EACH + OUT_EACH > 20 ? 1 : 2)
 
 // Latent functions.
 #define RELU 0

@@ -55,7 +55,7 @@ __device__ inline void to_encoder(const Step &s, u32 row, float product, float b
     g.touched = true;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) update(Step s, u32 piece) {
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) update(Step s, u32 piece) {
     __shared__ float scratch[32];
     float through[IN_EACH];
     for (int j = 0; j < IN_EACH; j++) through[j] = 0.0f;

@@ -37,7 +37,7 @@ pub struct MatrixAt {
 }
 
 /// How a product of f32 matrices is computed.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub enum ProductPrecision {
     /// All 24 bits.
     F32,

@@ -11,17 +11,22 @@ pub struct Shape {
     pub threads: usize,
 }
 
-/// Threads of a block: those that leave the fewest idle.
+/// Threads of a block to choose from.
 const THREADS: [usize; 6] = [256, 224, 192, 160, 128, 96];
+/// Values of a row that a thread holds, where that can be.
+const VALUES_OF_THREAD: usize = 12;
 
 impl Shape {
-    /// The shape for these widths: of some numbers of threads, the one whose last pass over a row wastes least.
+    /// The shape for these widths: of some numbers of threads, the one whose last pass over a row wastes least, of those that
+    /// leave a thread few enough values to keep in registers.
     #[must_use]
     pub fn new(d_in: usize, d_out: usize) -> Self {
         let waste = |threads: usize| {
-            [d_in, d_out].map(|d| d.div_ceil(threads) * threads - d).into_iter().sum::<usize>()
+            let each = d_in.max(d_out).div_ceil(threads);
+            let idle: usize = [d_in, d_out].map(|d| d.div_ceil(threads) * threads - d).into_iter().sum();
+            (each > VALUES_OF_THREAD, idle, usize::MAX - threads)
         };
-        let threads = THREADS.into_iter().min_by_key(|&threads| (waste(threads), usize::MAX - threads));
+        let threads = THREADS.into_iter().min_by_key(|&threads| waste(threads));
         Self { d_in, d_out, threads: threads.unwrap_or(256) }
     }
 
@@ -99,6 +104,7 @@ mod tests {
         assert_eq!(Shape::new(576, 576).threads, 192);
         assert_eq!(Shape::new(640, 640).threads, 160);
         assert_eq!(Shape::new(3584, 3584).threads, 256);
+        assert_eq!(Shape::new(640, 2304).threads, 256);
         for d in 1..5000 {
             let shape = Shape::new(d, d);
             assert!(shape.threads.is_multiple_of(32) && shape.blocks(d) * shape.threads >= d);

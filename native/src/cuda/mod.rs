@@ -1,12 +1,18 @@
 //! Training on a CUDA card: one step of every objective, with the kernels of `kernels/`.
 //!
-//! [`device`] is the seam: memory, launches, products. [`trainer`] takes a step through it and knows nothing of cards. [`kernels`] has
+//! [`device`] is the seam: memory, launches, products; `card` is a card behind it, with [`libraries`] found and kernels compiled (`nvrtc`) at
+//! run time. [`trainer`] takes a step through it and knows nothing of cards. [`kernels`] has
 //! the sources and what they are compiled for, [`step`] the structure that tells a kernel everything, [`geometry`] the sizes of
 //! launches and buffers.
 
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub mod card;
 pub mod device;
 pub mod geometry;
 pub mod kernels;
+pub mod libraries;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub mod nvrtc;
 pub mod step;
 pub mod trainer;
 

@@ -1,6 +1,8 @@
 //! Training on a device, with the CUDA kernels run on the processor: the same judge as for the processor's own step.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests assert by panicking")]
 
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+mod compile;
 mod emulator;
 #[path = "../support/steps.rs"]
 mod steps;
