@@ -10,6 +10,8 @@ extern "C" __global__ void sum_residuals(Step s) {
             const float *channels = s.channels + (u64)row * s.n_channels * D_OUT;
             sum += s.scale * channels[c];
             if (s.multi >= 0) sum += s.multi_scale * channels[s.multi * D_OUT + c];
+            // Only the AuxK of multi-layer SAEs decodes with the bias.
+            if (s.aux_mlsae) sum += s.aux_scale * channels[s.aux * D_OUT + c];
         }
         s.partial_bias[(u64)blockIdx.x * D_OUT + c] = sum;
     }

@@ -2,7 +2,7 @@
 // A block has one row, so that the order is fixed without atomics. Grid: rows. Reads 4 bytes a pre-activation.
 extern "C" __global__ void keep_above(Step s, u32 first, u32 width, u32 leading) {
     __shared__ u32 scratch[33];
-    u32 row = blockIdx.x, kept = s.kept_counts[row];
+    u32 row = blockIdx.x, kept = s.kept_counts[row], layer = layer_of(s, row);
     const float *products = s.products + (u64)row * leading;
     u64 list = (u64)row * s.capacity;
     for (u32 start = 0; start < width; start += 4 * THREADS) {
@@ -13,7 +13,7 @@ extern "C" __global__ void keep_above(Step s, u32 first, u32 width, u32 leading)
             bool above = false;
             if (column < width) {
                 z[j] = products[column] + s.b_enc[first + column];
-                above = z[j] > s.cuts[first + column];
+                above = z[j] > s.cuts[(u64)(first + column) * s.n_layers + layer];
             }
             if (above) mine |= 1u << j;
         }

@@ -67,6 +67,10 @@ struct Step {
     float *partial_bias, *partial_through, *input_sum;
     // Totals of the batch.
     double *totals;
+    // Of each row: its layer (null where all layers share thresholds), the weight of its errors (null for 1), and its own unit (null for
+    // 1). Of each layer: its rows, and the sparsity weight of one.
+    const u32 *layers;
+    const float *row_weights, *deviations, *layer_rows, *lambda_per_row;
 
     double beta2;
     u32 n_rows, n_latents, capacity, dead_capacity;
@@ -78,17 +82,20 @@ struct Step {
     float lambda, power, mean_power_a, mean_power_b;
     u32 has_norm, decoder_norm, unit_directions, n_partials;
     float bandwidth, scale, multi_scale, aux_scale;
-    float gate_scale, lambda_per_row, pull_weight, rows;
+    float gate_scale, pull_weight, rows, cut;
     // Adam.
     float lr, own_lr, momentum, momentum_gain;
     float momentum_correction, gain, correction, eps;
-    // What values must exceed where latents have no threshold; parts of the sums over rows.
-    float cut;
-    u32 n_parts;
+    // Parts of the sums over rows; layers with thresholds of their own; whether the encoder bias is trained; whether AuxK is that of
+    // multi-layer SAEs.
+    u32 n_parts, n_layers, encoder_bias, aux_mlsae;
 };
 
-// Sums of a row: squared errors (whole, prefixes, multi, gate, aux), active latents, penalty, two mean powers.
-#define ROW_SUMS 9
+// Sums of a row: squared errors (whole, prefixes, multi, gate, aux), active latents, penalty, two mean powers, and the squared
+// distance of the whole error from its own mean, in the row's own unit.
+#define ROW_SUMS 10
+// Layers with thresholds of their own, at most.
+#define MAX_LAYERS 128
 
 __device__ inline float warp_sum(float v) {
     for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(FULL, v, offset);
@@ -133,11 +140,14 @@ __device__ inline float scaled_magnitude(const Step &s, u32 latent, float z) {
     return expf(s.own0[latent]) * (z - s.b_enc[latent]);
 }
 
+// Which of a latent's thresholds are those of a row.
+__device__ inline u32 layer_of(const Step &s, u32 row) { return s.layers ? s.layers[row] : 0; }
+
 // The activation of a pre-activation that was kept.
-__device__ inline float activation(const Step &s, u32 flagged, float z) {
+__device__ inline float activation(const Step &s, u32 flagged, float z, u32 layer) {
     if (flagged & MULTI) return 0.0f;
     u32 latent = flagged;
-    if (s.kind == JUMPRELU) return z > s.thetas[latent] ? z : 0.0f;
+    if (s.kind == JUMPRELU) return z > s.thetas[(u64)latent * s.n_layers + layer] ? z : 0.0f;
     if (s.kind == GATED) return fmaxf(scaled_magnitude(s, latent, z) + s.own1[latent], 0.0f);
     return z;
 }

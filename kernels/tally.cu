@@ -3,12 +3,12 @@
 // Grid: rows. Reads 8 bytes a kept latent. With a penalty by the length of directions, `lengths` has those.
 extern "C" __global__ void tally(Step s, const float *lengths) {
     __shared__ float scratch[32];
-    u32 row = blockIdx.x;
+    u32 row = blockIdx.x, layer = layer_of(s, row);
     const u32 *latents = s.kept_latents + (u64)row * s.capacity;
     const float *z = s.kept_z + (u64)row * s.capacity;
     float active = 0.0f, penalty = 0.0f, power_a = 0.0f, power_b = 0.0f;
     for (u32 i = threadIdx.x; i < s.kept_counts[row]; i += THREADS) {
-        float value = activation(s, latents[i], z[i]);
+        float value = activation(s, latents[i], z[i], layer);
         if (value > 0.0f) {
             active += 1.0f;
             s.fired[latents[i]] = 1;

@@ -1,9 +1,9 @@
 // theta = exp(parameter) or the parameter itself, and the cut of each latent: theta less half the straight-through window. Latents
-// without a threshold share one cut.
-// Grid: latents / THREADS. Reads 4 bytes and writes 8 a latent.
+// without a threshold share one cut. Where layers have thresholds of their own, all of them, latent by latent.
+// Grid: latents * layers / THREADS. Reads 4 bytes and writes 8 a latent.
 extern "C" __global__ void thresholds(Step s) {
     u32 latent = blockIdx.x * THREADS + threadIdx.x;
-    if (latent >= s.n_latents) return;
+    if (latent >= s.n_latents * s.n_layers) return;
     if (s.kind != JUMPRELU) {
         s.thetas[latent] = 0.0f;
         s.cuts[latent] = s.cut;

@@ -4,7 +4,7 @@
 // Grid: parts of `piece` latents. Reads and writes 8 (D_IN + D_OUT) bytes a touched latent and reads 4 (D_IN + D_OUT) an entry.
 
 struct Gradients {
-    float product, bias, own0, own1;
+    float product, bias, own1;
     bool touched, own_touched;
 };
 
@@ -57,6 +57,8 @@ __device__ inline void to_encoder(const Step &s, u32 row, float product, float b
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) update(Step s, u32 piece) {
     __shared__ float scratch[32];
+    // Gradients of the first of a latent's own parameters, layer by layer; one thread adds to them.
+    __shared__ float g_own[MAX_LAYERS];
     float through[IN_EACH];
     for (int j = 0; j < IN_EACH; j++) through[j] = 0.0f;
     u32 end_latent = min_u32((blockIdx.x + 1) * piece, s.n_latents);
@@ -68,13 +70,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) update(Step s,
         load_out(direction, s.w_dec + (u64)latent * D_OUT);
         for (int j = 0; j < OUT_EACH; j++) g_direction[j] = 0.0f;
         for (int j = 0; j < IN_EACH; j++) g_encoder[j] = 0.0f;
-        Gradients g = {0.0f, 0.0f, 0.0f, 0.0f, false, false};
-        float length = 1.0f, theta = s.thetas[latent];
+        Gradients g = {0.0f, 0.0f, 0.0f, false, false};
+        float length = 1.0f;
+        const float *thetas = s.thetas + (u64)latent * s.n_layers;
+        bool adds = threadIdx.x == 0;
+        __syncthreads();
+        for (u32 layer = threadIdx.x; layer < s.n_layers; layer += THREADS) g_own[layer] = 0.0f;
+        __syncthreads();
         if (s.decoder_norm) length = sqrtf(dot_out(direction, direction, scratch));
         u32 own_channel = channel_of(s, latent);
         for (u32 e = start; e < end; e++) {
             u32 key = s.sorted_keys[e], row = (key & 0x7fffffffu) >> 1;
             bool aux = key >> 31, multi_only = key & 1;
+            u32 layer = layer_of(s, row);
+            float theta = thetas[layer];
             float z = s.sorted_values[e];
             const float *channels = s.channels + (u64)row * s.n_channels * D_OUT;
             if (!aux && !multi_only) {
@@ -84,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) update(Step s,
                 if (s.kind == JUMPRELU) {
                     counts = z > theta;
                     if (fabsf(z - theta) < s.bandwidth / 2.0f) {
-                        g.own0 -= (theta * g_f + s.lambda_per_row) / s.bandwidth;
+                        if (adds) g_own[layer] -= (theta * g_f + s.lambda_per_row[layer]) / s.bandwidth;
                         g.own_touched = true;
                     }
                 } else if (s.kind == GATED) {
@@ -92,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) update(Step s,
                     value = scaled + s.own1[latent];
                     g_product = 0.0f;
                     if (value > 0.0f) {
-                        g.own0 += g_f * scaled;
+                        if (adds) g_own[0] += g_f * scaled;
                         g.own1 += g_f;
                         g_product = g_f * expf(s.own0[latent]);
                         g.own_touched = true;
@@ -140,12 +149,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) update(Step s,
             }
             g.product -= s.pull_weight;
             g.bias -= s.pull_weight;
-            g.own0 += s.pull_weight;
+            if (adds)
+                for (u32 layer = 0; layer < s.n_layers; layer++) g_own[layer] += per_row * s.layer_rows[layer];
             for (u32 e = start; e < end; e++) {
                 u32 key = s.sorted_keys[e];
-                if (key >> 31 || key & 1 || s.sorted_values[e] < theta) continue;
-                to_encoder(s, (key & 0x7fffffffu) >> 1, per_row, per_row, g_encoder, g);
-                g.own0 -= per_row;
+                u32 row = (key & 0x7fffffffu) >> 1, layer = layer_of(s, row);
+                if (key >> 31 || key & 1 || s.sorted_values[e] < thetas[layer]) continue;
+                to_encoder(s, row, per_row, per_row, g_encoder, g);
+                if (adds) g_own[layer] -= per_row;
             }
             g.touched = g.own_touched = true;
         }
@@ -153,13 +164,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) update(Step s,
         // Own parameters and the step of their last change are read by all before one thread writes them.
         u32 own_last = s.own_step[latent], weights_last = s.weights_step[latent];
         __syncthreads();
-        if (threadIdx.x == 0 && (g.own_touched || momentum)) {
+        if (g.own_touched || momentum) {
             Adam a = {s.own_lr, decay_since(s, own_last)};
-            float factor = s.kind == JUMPRELU && s.log_threshold ? theta : 1.0f;
-            adam(s, a, s.own0 + latent, momentum ? s.m_own0 + latent : 0, s.v_own0 + latent, factor * g.own0);
-            if (s.kind == GATED)
+            for (u32 layer = threadIdx.x; layer < s.n_layers; layer += THREADS) {
+                u64 at = (u64)latent * s.n_layers + layer;
+                float factor = s.kind == JUMPRELU && s.log_threshold ? thetas[layer] : 1.0f;
+                adam(s, a, s.own0 + at, momentum ? s.m_own0 + at : 0, s.v_own0 + at, factor * g_own[layer]);
+            }
+            if (adds && s.kind == GATED)
                 adam(s, a, s.own1 + latent, momentum ? s.m_own1 + latent : 0, s.v_own1 + latent, g.own1);
-            s.own_step[latent] = s.step;
+            if (adds) s.own_step[latent] = s.step;
         }
         if (!g.touched && !momentum) continue;
         Adam a = {s.lr, decay_since(s, weights_last)};
@@ -189,8 +203,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) update(Step s,
             u32 c = threadIdx.x + j * THREADS;
             if (c < D_OUT) s.w_dec[(u64)latent * D_OUT + c] = direction[j];
         }
-        if (threadIdx.x == 0) {
-            adam(s, a, s.b_enc + latent, momentum ? s.m_b_enc + latent : 0, s.v_b_enc + latent, g.bias);
+        if (adds) {
+            if (s.encoder_bias)
+                adam(s, a, s.b_enc + latent, momentum ? s.m_b_enc + latent : 0, s.v_b_enc + latent, g.bias);
             s.weights_step[latent] = s.step;
         }
     }

@@ -259,6 +259,7 @@ impl Device for Card {
                 Argument::Bytes(bytes) => bytes.as_ptr().cast_mut().cast(),
                 Argument::Address(value) | Argument::U64(value) => from_ref(value).cast_mut().cast(),
                 Argument::U32(value) => from_ref(value).cast_mut().cast(),
+                Argument::F32(value) => from_ref(value).cast_mut().cast(),
             })
             .collect();
         let (grid, block) = ((u32::try_from(blocks)?, 1, 1), (u32::try_from(shape.threads)?, 1, 1));

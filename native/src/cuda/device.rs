@@ -23,6 +23,8 @@ pub enum Argument<'a> {
     U32(u32),
     /// A large count.
     U64(u64),
+    /// A factor.
+    F32(f32),
 }
 
 /// A matrix in the device's memory, row-major.

@@ -84,7 +84,7 @@ kernels! {
     "keep_above.cu": KeepAbove = "keep_above";
     "keep_largest.cu": KeepLargest = "keep_largest", MarkMulti = "mark_multi";
     "keep_batch.cu": BatchHistogram = "batch_histogram", BatchEqual = "batch_equal", BatchRetain = "batch_retain";
-    "decode.cu": Decode = "decode";
+    "decode.cu": Decode = "decode", PushBack = "push_back";
     "tally.cu": Tally = "tally", Totals = "totals", Lengths = "lengths";
     "by_latent.cu": CountEntries = "count_entries", Scan = "scan", PlaceEntries = "place_entries", SortEntries = "sort_entries";
     "update.cu": Update = "update";

@@ -62,6 +62,11 @@ pub struct Step {
     pub partial_through: Address,
     pub input_sum: Address,
     pub totals: Address,
+    pub layers: Address,
+    pub row_weights: Address,
+    pub deviations: Address,
+    pub layer_rows: Address,
+    pub lambda_per_row: Address,
     pub beta2: f64,
     pub n_rows: u32,
     pub n_latents: u32,
@@ -92,9 +97,9 @@ pub struct Step {
     pub multi_scale: f32,
     pub aux_scale: f32,
     pub gate_scale: f32,
-    pub lambda_per_row: f32,
     pub pull_weight: f32,
     pub rows: f32,
+    pub cut: f32,
     pub lr: f32,
     pub own_lr: f32,
     pub momentum: f32,
@@ -103,11 +108,16 @@ pub struct Step {
     pub gain: f32,
     pub correction: f32,
     pub eps: f32,
-    pub cut: f32,
     pub n_parts: u32,
+    pub n_layers: u32,
+    pub encoder_bias: u32,
+    pub aux_mlsae: u32,
 }
 
 /// A latent number with this bit is reached by multi-TopK alone.
 pub const MULTI: u32 = 1 << 31;
-/// Sums of a row: squared errors (whole, prefixes, multi, gate, aux), active latents, penalty, two mean powers.
-pub const ROW_SUMS: usize = 9;
+/// Sums of a row: squared errors (whole, prefixes, multi, gate, aux), active latents, penalty, two mean powers, and the squared
+/// distance of the whole error from its own mean, in the row's own unit.
+pub const ROW_SUMS: usize = 10;
+/// Layers with thresholds of their own, at most.
+pub const MAX_LAYERS: usize = 128;

@@ -181,6 +181,7 @@ impl Device for Emulator {
                 Argument::Bytes(bytes) => bytes.as_ptr() as *mut c_void,
                 Argument::Address(value) | Argument::U64(value) => std::ptr::from_ref(value) as *mut c_void,
                 Argument::U32(value) => std::ptr::from_ref(value) as *mut c_void,
+                Argument::F32(value) => std::ptr::from_ref(value) as *mut c_void,
             })
             .collect();
         // SAFETY: the function was written by `compile`, with this type; arguments are only read, in the sizes the kernel has.

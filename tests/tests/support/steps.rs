@@ -3,19 +3,19 @@
 use native::train::{Betas, Latents, Params, Settings, Tensors};
 use shared::Rows;
 use shared::loss::{
-    AuxK, DeadPull, Gradients, Latents as Reference, MultiTopK, Objective, Parametrisation, Prefix, Sparsity,
-    TrainSae, normalise, remove_parallel,
+    AuxForm, AuxK, DeadPull, Gradients, Latents as Reference, MultiTopK, Objective, Parametrisation, Prefix,
+    Sparsity, TrainSae, normalise, remove_parallel,
 };
 
-pub const D: usize = 12;
-pub const N_LATENTS: usize = 300;
-pub const N_ROWS: usize = 45;
+pub(crate) const D: usize = 12;
+pub(crate) const N_LATENTS: usize = 300;
+pub(crate) const N_ROWS: usize = 45;
 
 /// A fixed irregular sequence, roughly normal.
-pub struct Noise(pub u64);
+pub(crate) struct Noise(pub(crate) u64);
 
 impl Noise {
-    pub fn next(&mut self) -> f32 {
+    pub(crate) fn next(&mut self) -> f32 {
         let mut uniform = || {
             self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             (self.0 >> 40) as f32 / (1u32 << 24) as f32
@@ -23,41 +23,73 @@ impl Noise {
         (0..6).map(|_| uniform() - 0.5).sum::<f32>() * 2f32.sqrt()
     }
 
-    pub fn vector(&mut self, n: usize, scale: f32) -> Vec<f32> {
+    pub(crate) fn vector(&mut self, n: usize, scale: f32) -> Vec<f32> {
         (0..n).map(|_| self.next() * scale).collect()
     }
 }
 
 /// A variant under test.
-pub struct Case {
-    pub name: &'static str,
-    pub latents: Latents,
-    pub objective: Objective,
-    pub pre_bias: bool,
-    pub d_out: usize,
-    pub skip: bool,
-    pub momentum: f64,
+pub(crate) struct Case {
+    pub(crate) name: &'static str,
+    pub(crate) latents: Latents,
+    pub(crate) objective: Objective,
+    pub(crate) pre_bias: bool,
+    pub(crate) d_out: usize,
+    pub(crate) skip: bool,
+    pub(crate) momentum: f64,
+    pub(crate) encoder_bias: bool,
+    /// Layers with thresholds of their own.
+    pub(crate) n_layers: usize,
+    /// Whether rows have weights and deviations.
+    pub(crate) weighs: bool,
 }
 
 impl Case {
-    pub fn new(name: &'static str, latents: Latents, sparsity: Sparsity) -> Self {
+    pub(crate) fn new(name: &'static str, latents: Latents, sparsity: Sparsity) -> Self {
         let objective = Objective::plain(sparsity);
-        Self { name, latents, objective, pre_bias: true, d_out: D, skip: false, momentum: 0.0 }
+        Self {
+            name,
+            latents,
+            objective,
+            pre_bias: true,
+            d_out: D,
+            skip: false,
+            momentum: 0.0,
+            encoder_bias: true,
+            n_layers: 1,
+            weighs: false,
+        }
     }
 
-    pub fn with(mut self, change: impl FnOnce(&mut Self)) -> Self {
+    pub(crate) fn with(mut self, change: impl FnOnce(&mut Self)) -> Self {
         change(&mut self);
         self
     }
 
-    pub fn settings(&self) -> Settings<'_> {
-        let betas = Betas { first: self.momentum, second: 0.999, eps: 1e-8 };
-        Settings { lr: 1e-3, own_lr: 3e-3, betas, objective: &self.objective }
+    /// The objective of a batch of `n_rows`.
+    pub(crate) fn objective(&self, n_rows: usize) -> Objective {
+        let mut objective = self.objective.clone();
+        if self.n_layers > 1 {
+            // Layers of unequal numbers of rows, in no order.
+            let layer = |row: usize| [0u16, 2, 1, 2, 2][row % 5] % self.n_layers as u16;
+            objective.examples.layers = (0..n_rows).map(layer).collect();
+            objective.l0_by_layer = true;
+        }
+        if self.weighs {
+            objective.examples.weights = (0..n_rows).map(|row| 0.5 + (row % 7) as f64 / 4.0).collect();
+            objective.examples.deviations = (0..n_rows).map(|row| 0.6 + (row % 3) as f64 / 2.0).collect();
+        }
+        objective
     }
 
-    pub fn start(&self) -> Params {
+    pub(crate) fn settings<'a>(&self, objective: &'a Objective) -> Settings<'a> {
+        let betas = Betas { first: self.momentum, second: 0.999, eps: 1e-8 };
+        Settings { lr: 1e-3, own_lr: 3e-3, betas, objective }
+    }
+
+    pub(crate) fn start(&self) -> Params {
         let mut noise = Noise(11);
-        let mut tensors = Tensors::zeros(N_LATENTS, D, self.d_out, self.skip);
+        let mut tensors = Tensors::zeros(N_LATENTS, D, self.d_out, self.skip).with_thresholds(self.n_layers);
         tensors.w_dec = noise.vector(N_LATENTS * self.d_out, 1.0);
         for row in tensors.w_dec.chunks_exact_mut(self.d_out) {
             let norm = row.iter().map(|v| v * v).sum::<f32>().sqrt();
@@ -72,9 +104,12 @@ impl Case {
         let reach = |i: usize| if i.is_multiple_of(4) { 0.9 } else { 0.5 };
         match self.latents {
             Latents::JumpRelu { parametrisation, .. } => {
-                let theta =
-                    |(i, v): (usize, f32)| parametrisation.parameter(reach(i) + 0.02 * f64::from(v)) as f32;
-                tensors.own[0] = noise.vector(N_LATENTS, 1.0).into_iter().enumerate().map(theta).collect();
+                let theta = |(i, v): (usize, f32)| {
+                    let (latent, layer) = (i / self.n_layers, i % self.n_layers);
+                    parametrisation.parameter(reach(latent) + 0.02 * f64::from(v) + 0.1 * layer as f64) as f32
+                };
+                let noise = noise.vector(N_LATENTS * self.n_layers, 1.0);
+                tensors.own[0] = noise.into_iter().enumerate().map(theta).collect();
             }
             Latents::Gated => tensors.own = [noise.vector(N_LATENTS, 0.1), noise.vector(N_LATENTS, 0.2)],
             _ => {}
@@ -82,25 +117,27 @@ impl Case {
         if matches!(self.latents, Latents::Relu | Latents::Gated) {
             tensors.b_enc.iter_mut().enumerate().for_each(|(i, b)| *b -= reach(i) as f32);
         }
-        Params { d_in: D, d_out: self.d_out, tensors, latents: self.latents, pre_bias: self.pre_bias }
+        let (latents, pre_bias, encoder_bias) = (self.latents, self.pre_bias, self.encoder_bias);
+        Params { d_in: D, d_out: self.d_out, tensors, latents, pre_bias, encoder_bias }
     }
 }
 
-pub fn jump(parametrisation: Parametrisation) -> Latents {
+pub(crate) fn jump(parametrisation: Parametrisation) -> Latents {
     Latents::JumpRelu { parametrisation, bandwidth: 0.1 }
 }
 
-pub fn dead() -> Vec<bool> {
+pub(crate) fn dead() -> Vec<bool> {
     (0..N_LATENTS).map(|i| i % 4 == 0).collect()
 }
 
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     let target = Sparsity::TargetL0 { lambda: 0.5, target: 4.0 };
     let norm = |p, decoder_norm| Sparsity::Norm { lambda: 0.02, p, decoder_norm };
     let nested = || {
         [(30, 0.5), (100, 1.0), (300, 1.5)].map(|(n_latents, weight)| Prefix { n_latents, weight }).to_vec()
     };
-    let aux = || Some(AuxK { k: 5, weight: 0.1, dead: dead() });
+    let aux_of = |form| Some(AuxK { form, k: 5, weight: 0.1, dead: dead() });
+    let aux = || aux_of(AuxForm::Gao);
     let transcoder = |case: &mut Case| (case.pre_bias, case.d_out) = (false, 17);
     vec![
         Case::new("jumprelu", jump(Parametrisation::Log), target),
@@ -126,6 +163,27 @@ pub fn cases() -> Vec<Case> {
             .with(|c| c.objective.aux_k = aux()),
         Case::new("matryoshka topk", Latents::TopK { k: 6 }, Sparsity::None)
             .with(|c| c.objective.prefixes = nested()),
+        Case::new("jumprelu, thresholds of layers", jump(Parametrisation::Log), target)
+            .with(|c| c.n_layers = 3),
+        Case::new("raw thresholds of layers, momentum, dead-latent loss", jump(Parametrisation::Raw), target)
+            .with(|c| {
+                (c.n_layers, c.momentum) = (3, 0.9);
+                c.objective.dead_pull = Some(DeadPull { weight: 0.05, dead: dead() });
+            }),
+        Case::new("weighted jumprelu of layers, prefixes", jump(Parametrisation::Log), target).with(|c| {
+            (c.n_layers, c.weighs, c.objective.prefixes) = (3, true, nested());
+        }),
+        Case::new("weighted gated", Latents::Gated, norm(1.0, false)).with(|c| c.weighs = true),
+        Case::new("weighted topk, multi and auxk", Latents::TopK { k: 3 }, Sparsity::None).with(|c| {
+            c.objective.multi = Some(MultiTopK { k: 12, weight: 0.125 });
+            (c.weighs, c.objective.aux_k, c.objective.normaliser) = (true, aux(), 0.7);
+        }),
+        Case::new("topk as mlsae", Latents::TopK { k: 6 }, Sparsity::None).with(|c| {
+            (c.weighs, c.encoder_bias, c.momentum) = (true, false, 0.9);
+            (c.objective.aux_k, c.objective.normaliser) = (aux_of(AuxForm::Mlsae), 0.7);
+        }),
+        Case::new("matryoshka jumprelu, auxk of mlsae", jump(Parametrisation::Log), target)
+            .with(|c| (c.objective.prefixes, c.objective.aux_k) = (nested(), aux_of(AuxForm::Mlsae))),
         Case::new("transcoder", jump(Parametrisation::Log), target).with(transcoder),
         Case::new("skip transcoder", Latents::TopK { k: 6 }, Sparsity::None)
             .with(transcoder)
@@ -133,20 +191,24 @@ pub fn cases() -> Vec<Case> {
     ]
 }
 
-pub fn wide(v: &[f32]) -> Vec<f64> {
+pub(crate) fn wide(v: &[f32]) -> Vec<f64> {
     v.iter().map(|&v| f64::from(v)).collect()
 }
 
 /// The dense f64 optimiser: every value, every step.
-pub struct Textbook {
-    pub sae: TrainSae,
+pub(crate) struct Textbook {
+    pub(crate) sae: TrainSae,
     /// First and second moments of each array, in the order of [`arrays`].
-    pub moments: Vec<[Vec<f64>; 2]>,
-    pub step: i32,
+    pub(crate) moments: Vec<[Vec<f64>; 2]>,
+    pub(crate) step: i32,
+    pub(crate) encoder_bias: bool,
 }
 
 /// Every trained array with its gradient, and whether it takes the rate of the latent function.
-pub fn arrays<'a>(sae: &'a mut TrainSae, g: &'a Gradients) -> Vec<(&'a mut Vec<f64>, &'a Vec<f64>, bool)> {
+pub(crate) fn arrays<'a>(
+    sae: &'a mut TrainSae,
+    g: &'a Gradients,
+) -> Vec<(&'a mut Vec<f64>, &'a Vec<f64>, bool)> {
     let mut arrays = vec![
         (&mut sae.w_enc, &g.w_enc, false),
         (&mut sae.b_enc, &g.b_enc, false),
@@ -165,7 +227,7 @@ pub fn arrays<'a>(sae: &'a mut TrainSae, g: &'a Gradients) -> Vec<(&'a mut Vec<f
 }
 
 impl Textbook {
-    pub fn new(params: &Params) -> Self {
+    pub(crate) fn new(params: &Params) -> Self {
         let t = &params.tensors;
         let latents = match params.latents {
             Latents::Relu => Reference::Relu,
@@ -189,13 +251,16 @@ impl Textbook {
             pre_bias: params.pre_bias,
             w_skip: (!t.w_skip.is_empty()).then(|| wide(&t.w_skip)),
         };
-        Self { sae, moments: Vec::new(), step: 0 }
+        Self { sae, moments: Vec::new(), step: 0, encoder_bias: params.encoder_bias }
     }
 
     /// Takes a step; returns the loss before it.
-    pub fn step(&mut self, x: Rows<'_>, y: Rows<'_>, settings: &Settings<'_>) -> f64 {
+    pub(crate) fn step(&mut self, x: Rows<'_>, y: Rows<'_>, settings: &Settings<'_>) -> f64 {
         self.step += 1;
         let (losses, mut g) = self.sae.backward(x, y, settings.objective).unwrap();
+        if !self.encoder_bias {
+            g.b_enc.fill(0.0);
+        }
         let (d_out, unit) = (self.sae.d_out, settings.objective.sparsity.unit_directions());
         if unit {
             let directions = self.sae.w_dec.chunks_exact(d_out);
@@ -224,7 +289,7 @@ impl Textbook {
     /// The smallest distance of a decision from being another one: of a pre-activation from a threshold or the edge of a
     /// window, or of the last chosen from the first that is not. Where it is tiny, f32 may rightly decide otherwise, and the
     /// comparison would mean nothing.
-    pub fn margin(&self, x: Rows<'_>, y: Rows<'_>, objective: &Objective) -> f64 {
+    pub(crate) fn margin(&self, x: Rows<'_>, y: Rows<'_>, objective: &Objective) -> f64 {
         let pass = self.sae.forward(x, y, objective).unwrap();
         let gap = |z: &[f64], k: usize| {
             let mut sorted: Vec<f64> = z.iter().copied().filter(|z| *z > 0.0).collect();
@@ -237,7 +302,8 @@ impl Textbook {
             Reference::TopK { k } => rows(*k),
             Reference::BatchTopK { k } => gap(&pass.z, k * N_ROWS),
             Reference::JumpRelu { bandwidth, .. } => {
-                let theta = |k: usize| self.sae.theta(k % N_LATENTS);
+                let layer = |k: usize| objective.examples.layer(k / N_LATENTS);
+                let theta = |k: usize| self.sae.theta(k % N_LATENTS, layer(k));
                 let distances = pass.z.iter().enumerate().map(|(k, z)| (z - theta(k)).abs());
                 distances.map(|d| d.min((d - bandwidth / 2.0).abs())).fold(f64::INFINITY, f64::min)
             }
@@ -258,7 +324,7 @@ impl Textbook {
 }
 
 /// ‖got − want‖ over how far `want` moved from `from`.
-pub fn drift(got: &[f32], want: &[f64], from: &[f32]) -> f64 {
+pub(crate) fn drift(got: &[f32], want: &[f64], from: &[f32]) -> f64 {
     assert!(got.len() == want.len() && got.len() == from.len() && !got.is_empty());
     let error: f64 = got.iter().zip(want).map(|(&g, w)| (f64::from(g) - w).powi(2)).sum();
     let moved: f64 = from.iter().zip(want).map(|(&f, w)| (f64::from(f) - w).powi(2)).sum();

@@ -1,6 +1,6 @@
 //! What the kernels are told in a forward pass, and which channel is whose.
 
-use shared::loss::{Objective, Parametrisation, Sparsity};
+use shared::loss::{AuxForm, Objective, Parametrisation, Sparsity};
 
 use super::super::device::Buffer;
 use super::super::step::Step;
@@ -79,6 +79,14 @@ impl CudaTrainer {
             partial_through: fixed.partial_through.at(),
             input_sum: fixed.input_sum.at(),
             totals: fixed.totals.at(),
+            layers: present(self.about.n_layers() > 1, &work.layers),
+            row_weights: present(!objective.examples.weights.is_empty(), &work.row_weights),
+            deviations: present(!objective.examples.deviations.is_empty(), &work.deviations),
+            layer_rows: fixed.layer_rows.at(),
+            lambda_per_row: fixed.lambda_per_row.at(),
+            n_layers: self.about.n_layers() as u32,
+            encoder_bias: u32::from(self.about.encoder_bias),
+            aux_mlsae: u32::from(is_mlsae(objective)),
             n_rows: work.n_rows as u32,
             n_latents: self.about.n_latents() as u32,
             capacity: work.capacity as u32,
@@ -126,6 +134,11 @@ pub(super) struct Layout {
     pub(super) whole: i32,
 }
 
+/// Whether AuxK is that of multi-layer SAEs.
+pub(super) fn is_mlsae(objective: &Objective) -> bool {
+    objective.aux_k.as_ref().is_some_and(|aux| aux.form == AuxForm::Mlsae)
+}
+
 pub(super) fn channels(about: &Params, objective: &Objective) -> Layout {
     let mut count = objective.prefixes.len().max(1);
     let mut next = |wanted: bool| {
@@ -135,6 +148,8 @@ pub(super) fn channels(about: &Params, objective: &Objective) -> Layout {
     let multi = next(objective.multi.is_some());
     let gate = next(about.latents == Latents::Gated);
     let aux = next(objective.aux_k.is_some());
-    let whole = next(!objective.prefixes.is_empty()).max(0);
+    let apart =
+        !objective.prefixes.is_empty() || !objective.examples.weights.is_empty() || is_mlsae(objective);
+    let whole = next(apart).max(0);
     Layout { count, multi, gate, aux, whole }
 }

@@ -2,13 +2,14 @@
 
 use anyhow::{Result, ensure};
 use shared::Rows;
-use shared::loss::{Losses, Objective};
+use shared::loss::{Levels, Losses, Objective};
 
 use super::super::device::{Argument, Buffer, MatrixAt, Product};
 use super::super::geometry;
 use super::super::kernels::Kernel;
 use super::super::step::ROW_SUMS;
 use super::buffers::Workspace;
+use super::describe::is_mlsae;
 use super::{CudaForward, CudaTrainer};
 use crate::train::Latents;
 
@@ -25,11 +26,13 @@ impl CudaTrainer {
             n_rows > 0 && n_rows < 1 << 30 && y.n_rows() == n_rows,
             "a training step needs as many targets as rows, and at least one"
         );
+        objective.examples.check(n_rows, self.about.n_layers())?;
         self.write_objective(objective)?;
         loop {
             let mut work = self.workspace(n_rows, objective)?;
             work.x.write(x.data())?;
             work.y.write(y.data())?;
+            self.write_examples(&work, objective)?;
             self.told = self.describe(&work, objective);
             let found = self.pass(&mut work, objective);
             self.workspace = Some(work);
@@ -58,6 +61,23 @@ impl CudaTrainer {
         ensure!(ends.len() <= 64, "{} nested prefixes; at most 64 are supported", ends.len());
         self.fixed.stretch_ends.write(&ends)?;
         self.fixed.stretch_weights.write(&weights)
+    }
+
+    /// What is said of each row.
+    fn write_examples(&self, work: &Workspace, objective: &Objective) -> Result<()> {
+        let (n_rows, n_layers) = (work.n_rows, self.about.n_layers());
+        let examples = &objective.examples;
+        let mut layer_rows = vec![0.0f32; n_layers];
+        (0..n_rows).for_each(|row| layer_rows[if n_layers > 1 { examples.layer(row) } else { 0 }] += 1.0);
+        self.fixed.layer_rows.write(&layer_rows)?;
+        if n_layers > 1 {
+            ensure!(examples.layers.len() == n_rows, "thresholds of {n_layers} layers, and rows of none");
+            let layers: Vec<u32> = examples.layers.iter().map(|&layer| layer.into()).collect();
+            work.layers.write(&layers)?;
+        }
+        let narrow = |values: &[f64]| values.iter().map(|&v| v as f32).collect::<Vec<f32>>();
+        work.row_weights.write(&narrow(&examples.weights))?;
+        work.deviations.write(&narrow(&examples.deviations))
     }
 
     /// A pass; `None` when a row had too little room.
@@ -113,7 +133,7 @@ impl CudaTrainer {
         let (n, n_rows, d_in) = (self.about.n_latents(), work.n_rows, self.about.d_in);
         let largest = matches!(self.about.latents, Latents::TopK { .. });
         let dead = objective.aux_k.as_ref().is_some_and(|aux| aux.k > 0 && aux.dead.contains(&true));
-        self.launch(Kernel::Thresholds, self.shape.blocks(n), &[])?;
+        self.launch(Kernel::Thresholds, self.shape.blocks(n * self.about.n_layers()), &[])?;
         work.kept_counts.clear()?;
         work.dead_counts.clear()?;
         work.floors.clear()?;
@@ -225,7 +245,7 @@ impl CudaTrainer {
         let totals = self.fixed.totals.read::<f64>(ROW_SUMS)?;
         let fired = self.fixed.fired.read::<u8>(self.about.n_latents())?;
         let n = work.n_rows as f64;
-        let [whole, prefixes, multi, gate, aux, active, penalty, power_a, power_b] =
+        let [whole, prefixes, multi, gate, aux, active, penalty, power_a, power_b, own] =
             std::array::from_fn(|i| totals[i]);
         let (nu, l0) = (objective.normaliser, active / n);
         let multi = objective.multi.map_or(0.0, |term| term.weight * multi);
@@ -235,18 +255,23 @@ impl CudaTrainer {
         }
         let mut left_variance = 0.0;
         if let Some(term) = &objective.aux_k {
-            let columns = [Argument::Address(self.fixed.column_sums.at())];
-            self.launch(Kernel::ResidualSums, self.shape.blocks(self.about.d_out), &columns)?;
-            let sums = self.fixed.column_sums.read::<f64>(self.about.d_out)?;
-            left_variance = (whole / n - sums.iter().map(|sum| (sum / n).powi(2)).sum::<f64>()).max(0.0);
+            left_variance = if is_mlsae(objective) { own / n } else { self.variance(whole / n, n)? };
             if left_variance > 0.0 && term.dead.contains(&true) {
-                auxiliary += term.weight * aux / n / left_variance;
+                let (above, below) = (aux / n, left_variance);
+                auxiliary += term.weight * above / below;
+                if is_mlsae(objective) {
+                    let weight = term.weight * nu;
+                    let factors = [weight / below, weight * above / (below * below)];
+                    let factors = factors.map(|factor| Argument::F32(factor as f32));
+                    self.launch(Kernel::PushBack, work.n_rows, &factors)?;
+                }
             }
         }
+        let levels = self.levels(work, objective, active)?;
         let losses = Losses {
             mse: whole / n,
             reconstruction: (prefixes + multi) / n / nu,
-            sparsity: objective.sparsity.of_l0(l0) + penalty / n,
+            sparsity: levels.term(&objective.sparsity) + penalty / n,
             auxiliary,
             l0,
         };
@@ -255,10 +280,30 @@ impl CudaTrainer {
             n_active: active as usize,
             fired: (0u32..).zip(fired).filter_map(|(latent, fired)| (fired != 0).then_some(latent)).collect(),
             mean_powers: [power_a / n, power_b / n],
+            levels,
             left_variance,
             smallest,
             step: self.step,
         })
+    }
+
+    /// mean ‖r − mean r‖² of the whole dictionary's residuals, of which the mean square is known.
+    fn variance(&self, mean_square: f64, n: f64) -> Result<f64> {
+        let columns = [Argument::Address(self.fixed.column_sums.at())];
+        self.launch(Kernel::ResidualSums, self.shape.blocks(self.about.d_out), &columns)?;
+        let sums = self.fixed.column_sums.read::<f64>(self.about.d_out)?;
+        Ok((mean_square - sums.iter().map(|sum| (sum / n).powi(2)).sum::<f64>()).max(0.0))
+    }
+
+    /// Mean L0: of each layer, where the objective asks for that.
+    fn levels(&self, work: &Workspace, objective: &Objective, active: f64) -> Result<Levels> {
+        if !objective.l0_by_layer {
+            // Only the mean counts, so one row may have it all.
+            let n = work.n_rows;
+            return Ok(objective.levels((0..n).map(|row| if row == 0 { active as usize } else { 0 })));
+        }
+        let sums = work.row_sums.read::<f64>(work.n_rows * ROW_SUMS)?;
+        Ok(objective.levels(sums.chunks_exact(ROW_SUMS).map(|row| row[5] as usize)))
     }
 
     /// The dead-latent loss before its weight, summed over rows.

@@ -7,12 +7,12 @@
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
-use shared::loss::Losses;
+use shared::loss::{Levels, Losses};
 
 use super::device::{Argument, Buffer, Device, ProductPrecision};
 use super::geometry;
 use super::kernels::{Kernel, Shape};
-use super::step::{ROW_SUMS, Step};
+use super::step::{MAX_LAYERS, ROW_SUMS, Step};
 use crate::train::{Moments, Params, Tensors};
 use buffers::{Arrays, Fixed, Workspace};
 
@@ -41,6 +41,8 @@ pub struct CudaForward {
     pub fired: Vec<u32>,
     /// `mean_n Σ_i v_i^p` for the two powers asked for.
     pub mean_powers: [f64; 2],
+    /// Mean L0, of each layer where the objective asks for that.
+    levels: Levels,
     /// Variance of what the dictionary leaves.
     left_variance: f64,
     /// The smallest value that BatchTopK chose.
@@ -87,7 +89,12 @@ impl CudaTrainer {
         precision: ProductPrecision,
     ) -> Result<Self> {
         let (n, d_in, d_out) = (params.n_latents(), params.d_in, params.d_out);
+        let n_layers = params.n_layers();
         ensure!(n > 0 && n < 1 << 31, "a dictionary of {n} latents");
+        ensure!(
+            n_layers <= MAX_LAYERS,
+            "thresholds of {n_layers} layers; at most {MAX_LAYERS} are supported"
+        );
         let shape = Shape::new(d_in, d_out);
         let steps = |steps: &[u64]| {
             let steps: Vec<u32> = steps.iter().map(|&step| u32::try_from(step).unwrap_or(u32::MAX)).collect();
@@ -96,8 +103,10 @@ impl CudaTrainer {
         let n_parts = n.div_ceil(geometry::latents_of_block(n));
         let floats = |n: usize| Buffer::zeros::<f32>(&device, n);
         let fixed = Fixed {
-            thetas: floats(n)?,
-            cuts: floats(n)?,
+            thetas: floats(n * n_layers)?,
+            cuts: floats(n * n_layers)?,
+            layer_rows: floats(MAX_LAYERS)?,
+            lambda_per_row: floats(MAX_LAYERS)?,
             offsets: Buffer::zeros::<u32>(&device, n + 1)?,
             cursors: Buffer::zeros::<u32>(&device, n)?,
             fired: Buffer::zeros::<u8>(&device, n)?,
@@ -115,8 +124,10 @@ impl CudaTrainer {
             stretch_weights: floats(64)?,
             g_skip: floats(params.tensors.w_skip.len())?,
         };
+        // The lengths say how many latents and layers there are.
+        let own = [vec![0.0; n * n_layers], Vec::new()];
         let about = Params {
-            tensors: Tensors { b_enc: vec![0.0; n], ..Tensors::zeros(0, 0, 0, false) },
+            tensors: Tensors { b_enc: vec![0.0; n], own, ..Tensors::zeros(0, 0, 0, false) },
             ..params.clone()
         };
         Ok(Self {
@@ -145,7 +156,7 @@ impl CudaTrainer {
     /// If the device fails.
     pub fn download(&self) -> Result<(Params, Moments)> {
         let (n, d_in, d_out) = (self.about.n_latents(), self.about.d_in, self.about.d_out);
-        let zeros = || Tensors::zeros(n, d_in, d_out, self.has_skip());
+        let zeros = || Tensors::zeros(n, d_in, d_out, self.has_skip()).with_thresholds(self.about.n_layers());
         let mut params = Params { tensors: zeros(), ..self.about.clone() };
         self.params.read_into(&mut params.tensors)?;
         let mut moments = Moments::new(&params, self.first.is_some());

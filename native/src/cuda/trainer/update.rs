@@ -58,12 +58,14 @@ impl CudaTrainer {
         let (betas, step) = (settings.betas, i32::try_from(self.step).unwrap_or(i32::MAX));
         let correction = |beta: f64| (1.0 / (1.0 - beta.powi(step))) as f32;
         let latents = self.about.n_latents();
+        let lambda = |layer| (forward.levels.lambda(&objective.sparsity, layer) / n) as f32;
+        let lambdas: Vec<f32> = (0..self.about.n_layers()).map(lambda).collect();
+        self.fixed.lambda_per_row.write(&lambdas)?;
         let told = &mut self.told;
         told.scale = scale as f32;
         told.gate_scale = scale as f32;
         told.multi_scale = (scale * objective.multi.map_or(0.0, |multi| multi.weight)) as f32;
         told.aux_scale = aux_scale as f32;
-        told.lambda_per_row = (objective.sparsity.effective_lambda(forward.losses.l0) / n) as f32;
         told.beta2 = betas.second;
         told.step = u32::try_from(self.step)?;
         told.lr = settings.lr as f32;
