@@ -46,6 +46,8 @@ enum Command {
     /// Measure this program by itself; `cargo xtask bench` runs it beside others.
     #[command(hide = true)]
     Bench(cmd::bench::Args),
+    /// Judge the training step of this machine, or of a card, by the reference.
+    Selftest(cmd::selftest::Args),
     /// Report what this machine offers and what is missing.
     Doctor(cmd::doctor::Args),
 }
@@ -72,6 +74,7 @@ pub fn main() -> ExitCode {
         Command::Inspect(args) => cmd::inspect::run(args),
         Command::Lm(args) => cmd::lm::run(args),
         Command::Bench(args) => cmd::bench::run(args),
+        Command::Selftest(args) => cmd::selftest::run(args),
         Command::Doctor(args) => cmd::doctor::run(args),
     };
     match result {

@@ -1,6 +1,6 @@
 //! What this machine offers: processor, memory, disk, GPU or why none, and the tools of the page.
 //!
-//! Looks only at files and runs only `--version`: nothing is loaded that could fail or change anything.
+//! Looks at files, runs only `--version`, and opens NVIDIA's libraries where they are there: nothing that could change anything.
 
 use std::env;
 use std::fs;
@@ -25,6 +25,8 @@ pub struct Findings {
     pub disk: Option<Disk>,
     /// The GPU.
     pub gpu: Gpu,
+    /// What training on a card needs.
+    pub cuda: crate::cuda::found::Found,
     /// Tools that build and test the page.
     pub tools: Vec<Tool>,
 }
@@ -95,6 +97,7 @@ pub fn examine() -> Findings {
         memory_available: system.available_memory(),
         disk: env::current_dir().ok().and_then(|folder| disk_of(&folder)),
         gpu: gpu(Path::new("/")),
+        cuda: crate::cuda::found::look(),
         tools: tools(),
     }
 }

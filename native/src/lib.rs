@@ -25,6 +25,7 @@ pub mod model;
 pub mod places;
 pub mod progress;
 pub mod sae_files;
+pub mod selftest;
 pub mod site;
 pub mod stop;
 pub mod store;

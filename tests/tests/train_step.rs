@@ -1,14 +1,12 @@
 //! The sparse f32 training step against the dense f64 reference with textbook Adam, for every variant.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests assert by panicking")]
 
-#[path = "support/steps.rs"]
-mod steps;
-
+use native::selftest::cases::{D, N_LATENTS, N_ROWS, Noise, cases};
+use native::selftest::textbook::{Textbook, drift};
 use native::train::{Latents, Trainer};
 use shared::Rows;
 use shared::config::train::EncoderPrecision;
 use shared::loss::{Latents as Reference, Objective, Sparsity};
-use steps::{D, N_LATENTS, N_ROWS, Noise, Textbook, cases, drift};
 
 #[test]
 fn twenty_steps_of_every_variant_equal_the_dense_reference() {
@@ -24,7 +22,7 @@ fn twenty_steps_of_every_variant_equal_the_dense_reference() {
                 let x = noise.vector(N_ROWS * D, 0.35);
                 let y = if case.d_out == D { x.clone() } else { noise.vector(N_ROWS * case.d_out, 0.35) };
                 let rows = (Rows::new(&x, D).unwrap(), Rows::new(&y, case.d_out).unwrap());
-                if textbook.margin(rows.0, rows.1, &objective) > 1e-6 {
+                if textbook.margin(rows.0, rows.1, &objective).unwrap() > 1e-6 {
                     break (x, y);
                 }
             };
@@ -41,7 +39,7 @@ fn twenty_steps_of_every_variant_equal_the_dense_reference() {
                 got.iter().for_each(|&i| idle[i as usize] = false);
             }
             trainer.update(&forward, &settings).unwrap();
-            let want = textbook.step(x, y, &settings);
+            let want = textbook.step(x, y, &settings).unwrap();
             let off = (forward.losses().total() / want - 1.0).abs();
             worst_loss = worst_loss.max(off);
         }
@@ -51,26 +49,26 @@ fn twenty_steps_of_every_variant_equal_the_dense_reference() {
         assert!(worst_loss < 2e-5, "{}: loss off by {worst_loss:e}", case.name);
         let (p, q, f) = (&trainer.params.tensors, &textbook.sae, &first.tensors);
         let mut drifts = vec![
-            ("w_enc", drift(&p.w_enc, &q.w_enc, &f.w_enc)),
-            ("w_dec", drift(&p.w_dec, &q.w_dec, &f.w_dec)),
-            ("b_dec", drift(&p.b_dec, &q.b_dec, &f.b_dec)),
+            ("w_enc", drift(&p.w_enc, &q.w_enc, &f.w_enc).unwrap()),
+            ("w_dec", drift(&p.w_dec, &q.w_dec, &f.w_dec).unwrap()),
+            ("b_dec", drift(&p.b_dec, &q.b_dec, &f.b_dec).unwrap()),
         ];
         if case.encoder_bias {
-            drifts.push(("b_enc", drift(&p.b_enc, &q.b_enc, &f.b_enc)));
+            drifts.push(("b_enc", drift(&p.b_enc, &q.b_enc, &f.b_enc).unwrap()));
         } else {
             assert_eq!(p.b_enc, f.b_enc, "{}", case.name);
         }
         match &q.latents {
             Reference::JumpRelu { threshold, .. } => {
-                drifts.push(("threshold", drift(&p.own[0], threshold, &f.own[0])));
+                drifts.push(("threshold", drift(&p.own[0], threshold, &f.own[0]).unwrap()));
             }
             Reference::Gated { r_mag, b_mag } => drifts.extend([
-                ("r_mag", drift(&p.own[0], r_mag, &f.own[0])),
-                ("b_mag", drift(&p.own[1], b_mag, &f.own[1])),
+                ("r_mag", drift(&p.own[0], r_mag, &f.own[0]).unwrap()),
+                ("b_mag", drift(&p.own[1], b_mag, &f.own[1]).unwrap()),
             ]),
             _ => {}
         }
-        drifts.extend(q.w_skip.as_ref().map(|skip| ("w_skip", drift(&p.w_skip, skip, &f.w_skip))));
+        drifts.extend(q.w_skip.as_ref().map(|skip| ("w_skip", drift(&p.w_skip, skip, &f.w_skip).unwrap())));
         println!("{}: worst loss error {worst_loss:.1e}, drifts {drifts:?}", case.name);
         for (name, drift) in drifts {
             assert!(drift < 3e-4, "{}: {name} drifted by {drift:e}", case.name);

@@ -84,7 +84,10 @@ impl Checks<'_> {
     }
 
     fn cargo(&mut self, name: &str, why: &str, args: &[&str]) -> Result<()> {
-        let program = Program::cargo().args(args).current_dir(&self.places.root);
+        let mut program = Program::cargo().args(args).current_dir(&self.places.root);
+        if let Some(nvrtc) = &self.tools.nvrtc {
+            program = program.env("STRATASCOPE_CUDA_LIBS", nvrtc).env("STRATASCOPE_REQUIRE_NVRTC", "1");
+        }
         let again = format!("cargo {}", args.join(" "));
         self.check(name, why, || {
             program.run().with_context(|| {

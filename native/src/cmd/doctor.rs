@@ -54,6 +54,11 @@ fn text(findings: &Findings) -> String {
     let devices = if gpu.devices.is_empty() { "an NVIDIA GPU".to_owned() } else { gpu.devices.join(", ") };
     lines.push(format!("GPU           {}", if gpu.usable { devices } else { "none usable".to_owned() }));
     lines.extend(gpu.notes.iter().map(|note| format!("              {note}")));
+    lines.push(format!(
+        "CUDA          {}",
+        if findings.cuda.cards.is_empty() { "no card" } else { "for training and self-tests" }
+    ));
+    lines.extend(findings.cuda.lines().into_iter().map(|line| format!("              {line}")));
     for tool in &findings.tools {
         let found = match (&tool.path, &tool.version) {
             (Some(path), version) => {

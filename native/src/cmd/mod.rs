@@ -9,5 +9,6 @@ pub(crate) mod features;
 pub(crate) mod harvest;
 pub(crate) mod inspect;
 pub(crate) mod lm;
+pub(crate) mod selftest;
 pub(crate) mod site;
 pub(crate) mod train;

@@ -17,6 +17,7 @@ use cudarc::cublaslt::{result as lt, sys as lt_sys};
 use cudarc::driver::{result as driver, sys};
 
 use super::device::{Argument, Device, MatrixAt, Product, ProductPrecision};
+use super::found::CardInfo;
 use super::kernels::{Kernel, Shape};
 use super::libraries::Libraries;
 use super::nvrtc;
@@ -54,17 +55,6 @@ impl fmt::Debug for Card {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Card").field("name", &self.name).finish_non_exhaustive()
     }
-}
-
-/// What a card is, without using it.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
-pub struct CardInfo {
-    /// Its own name.
-    pub name: String,
-    /// Compute capability, such as `9.0`.
-    pub capability: String,
-    /// Bytes of memory.
-    pub memory: u64,
 }
 
 /// The cards that the driver knows, and the version of CUDA it can run.

@@ -61,7 +61,7 @@ mod tests {
 
     #[test]
     fn parts_are_few_and_room_grows_to_everything() {
-        for n_latents in [1, 2047, 2048, 2049, 1 << 20] {
+        for n_latents in [1usize, 2047, 2048, 2049, 1 << 20] {
             assert!(n_latents.div_ceil(latents_of_block(n_latents)) <= PARTS);
         }
         let mut capacity = first_capacity(5000);

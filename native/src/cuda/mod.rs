@@ -7,7 +7,9 @@
 
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub mod card;
+pub mod choice;
 pub mod device;
+pub mod found;
 pub mod geometry;
 pub mod kernels;
 pub mod libraries;
@@ -16,6 +18,7 @@ pub mod nvrtc;
 pub mod step;
 pub mod trainer;
 
+pub use choice::Choice;
 pub use device::{Argument, Buffer, Device, MatrixAt, Product, ProductPrecision};
 pub use kernels::{Kernel, PRELUDE, Shape};
 pub use step::{Address, Step};

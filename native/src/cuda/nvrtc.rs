@@ -133,7 +133,7 @@ fn compile(file: &str, source: &str, architecture: &str, more: &[&str]) -> Resul
     let compiled = unsafe { result::compile_program(program, &options) };
     // SAFETY: as above.
     let log = unsafe { result::get_program_log(program) }.unwrap_or_default();
-    let log: Vec<u8> = log.into_iter().take_while(|c| *c != 0).map(|c| c.cast_unsigned()).collect();
+    let log: Vec<u8> = log.into_iter().take_while(|c| *c != 0).map(i8::cast_unsigned).collect();
     let log = String::from_utf8_lossy(&log).into_owned();
     let code = match compiled {
         // SAFETY: as above.

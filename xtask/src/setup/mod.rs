@@ -5,6 +5,7 @@
 
 mod browser;
 mod npm;
+mod python;
 mod rust;
 mod system;
 
@@ -18,7 +19,7 @@ use crate::places::Places;
 use crate::report::Report;
 
 pub(crate) use npm::require_npm;
-pub(crate) use system::ensure_packages;
+pub(crate) use python::{unpack, with_pip};
 
 /// Trunk builds the page; later versions need a newer compiler than `rust-toolchain.toml` names.
 const TRUNK: &str = "0.21.14";
@@ -38,7 +39,7 @@ pub(crate) struct Args {
 pub(crate) enum Purpose {
     /// The demo: the wasm target, Trunk, wasm-bindgen and wasm-opt.
     Demo,
-    /// The tests: all of the demo's tools, and Chromium, a Vulkan driver and the packages of the browser tests.
+    /// The tests: all of the demo's tools, and Chromium, a Vulkan driver, the packages of the browser tests, a C++ compiler and NVRTC.
     Test,
     /// The tests without the browser ones.
     TestWithoutBrowser,
@@ -49,6 +50,8 @@ pub(crate) enum Purpose {
 pub(crate) struct Tools {
     /// Folders to put before the others of `PATH` when building the page.
     pub(crate) path: Vec<PathBuf>,
+    /// The folder of NVIDIA's run-time compiler, for tests, where it exists.
+    pub(crate) nvrtc: Option<PathBuf>,
     /// The browser, for [`Purpose::Test`].
     pub(crate) chromium: Option<PathBuf>,
 }
@@ -60,8 +63,10 @@ pub(crate) fn run(places: &Places, purpose: Purpose, report: &mut Report) -> Res
     // What may end in a sentence for the user comes before what takes minutes.
     rust::ensure_wasm_target(report)?;
     npm::ensure_node(report)?;
-    let mut chromium = None;
+    let (mut chromium, mut nvrtc) = (None, None);
     if purpose != Purpose::Demo {
+        python::ensure_cpp(report)?;
+        nvrtc = python::ensure_nvrtc(places, report)?;
         browser::ensure_vulkan(report)?;
     }
     if purpose == Purpose::Test {
@@ -77,5 +82,5 @@ pub(crate) fn run(places: &Places, purpose: Purpose, report: &mut Report) -> Res
         )?,
         npm::ensure_wasm_opt(places, report, BINARYEN)?,
     ];
-    Ok(Tools { path, chromium })
+    Ok(Tools { path, nvrtc, chromium })
 }
