@@ -33,6 +33,12 @@ impl InputLimit {
         recorded.filter(|limit| *limit > 0.0).map_or(Self::NONE, Self)
     }
 
+    /// The smaller of two limits.
+    #[must_use]
+    pub fn stricter(self, other: Self) -> Self {
+        Self(self.0.min(other.0))
+    }
+
     /// The limit, when there is one.
     #[must_use]
     pub fn norm(self) -> Option<f64> {
@@ -64,7 +70,7 @@ mod tests {
     fn rows_beyond_the_limit_are_left_out() {
         let data = [3.0, 4.0, 0.0, 6.0, f32::NAN, 0.0];
         let rows = Rows::new(&data, 2).unwrap();
-        let limit = InputLimit(5.0);
+        let limit = InputLimit(5.0).stricter(InputLimit::NONE);
         assert_eq!(limit.within(rows.slice(0, 2)).as_ref(), &data[..2]);
         assert_eq!(limit.within(rows).len(), 4, "what is not finite is not hidden");
         assert!(matches!(InputLimit::NONE.within(rows), Cow::Borrowed(all) if all.len() == 6));

@@ -6,7 +6,7 @@
 For comparisons at equal data, width, steps and batch: `stratascope eval --sae OUT` measures the result as it measures its own.
 The libraries' own training steps run, with their own defaults, but for the learning rate (--lr), its warm-up and its decay over the
 last 30 % of a run this short, and, for JumpReLU, the weight of the quadratic L0 term that both have (--l0-coefficient; dictionary_learning
-fixes its bandwidth at --bandwidth). Vectors longer than ten times the median norm are left out, as Stratascope leaves them out, and
+fixes its bandwidth at --bandwidth). Vectors longer than four times the median norm are left out, as Stratascope leaves them out, and
 vectors are scaled as each library scales them.
 """
 
@@ -56,7 +56,7 @@ def read(path):
 
 
 first = read(shards()[0])
-limit = 10 * first.norm(dim=1).median()
+limit = 4 * first.norm(dim=1).median()
 kept = first[first.norm(dim=1) <= limit]
 d = kept.shape[1]
 # C, with C² = mean ‖x‖².

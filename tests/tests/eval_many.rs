@@ -136,6 +136,19 @@ fn each_is_measured_as_if_alone_and_where_it_writes() {
     let fvu = all[1].reconstruction.fvu.unwrap();
     assert!((fvu - errors / squares).abs() < 1e-6 * fvu, "{fvu} against {}", errors / squares);
 
+    // Beside one that leaves out long vectors, another is measured without them too.
+    let mut strict = random(d, 24, "mlp_in.1", None);
+    let mut norms: Vec<f64> = x.iter().map(|x| reference::dot(x, x).sqrt()).collect();
+    norms.sort_by(f64::total_cmp);
+    strict.metadata.provenance.insert("max_input_norm".to_owned(), norms[norms.len() / 2].into());
+    let open = random(d, 30, "mlp_in.1", None);
+    let both = evaluate_all(&[strict.clone(), open.clone()], &store, None, &OPTIONS, &stop).unwrap();
+    let [alone, strict_alone] =
+        [&open, &strict].map(|file| evaluate(file, &store, None, &OPTIONS, &stop).unwrap());
+    assert_eq!(both[0], strict_alone);
+    assert!(both[1].n_outliers == strict_alone.n_outliers && alone.n_outliers == 0);
+    assert_eq!(both[1].reconstruction.variance, strict_alone.reconstruction.variance);
+
     let mut lost = random(d, 24, "mlp_in.1", Some("mlp.0"));
     assert!(format!("{:#}", evaluate(&lost, &store, None, &OPTIONS, &stop).unwrap_err()).contains("mlp.0"));
     lost.metadata.target = None;

@@ -26,6 +26,7 @@ its reconstruction, and with the tap set to zero. Special tokens and dropped pos
 A transcoder is measured on, and put in the place of, the tap it reconstructs.
 
 Of several autoencoders each gets a folder in --out, named by the last part of its path; compare.md and pareto.svg show all. \
+Those that read the same tap are measured on the same vectors: what one leaves out as too long, all do. \
 Those whose names differ only in a number at the end (topk-20, topk-40) are one line of the plot.
 
 With --layers, a multi-layer autoencoder is measured at every layer it was trained on, and its latents across layers: layers.json, \

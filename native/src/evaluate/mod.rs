@@ -137,7 +137,8 @@ pub fn evaluate(
     reports.pop().context("nothing was measured")
 }
 
-/// [`evaluate`] for any number of autoencoders: the store is read once, and the untouched model runs once.
+/// [`evaluate`] for any number of autoencoders: the store is read once, and the untouched model runs once. Those that read the same
+/// tap are measured on the same vectors: what one of them leaves out for its norm, all do.
 ///
 /// # Errors
 /// As [`evaluate`].
@@ -148,7 +149,16 @@ pub fn evaluate_all(
     options: &Options,
     stop: &StopFlag,
 ) -> Result<Vec<EvalReport>> {
-    let subjects = files.iter().map(|file| Subject::new(file, store)).collect::<Result<Vec<_>>>()?;
+    let mut subjects = files.iter().map(|file| Subject::new(file, store)).collect::<Result<Vec<_>>>()?;
+    let mut limits: BTreeMap<TapPoint, InputLimit> = BTreeMap::new();
+    for subject in &subjects {
+        let limit = limits.entry(subject.input).or_insert(InputLimit::NONE);
+        *limit = limit.stricter(subject.limit);
+    }
+    for subject in &mut subjects {
+        subject.limit =
+            limits.get(&subject.input).map_or(subject.limit, |limit| limit.stricter(subject.limit));
+    }
     let reconstructions = reconstruct(&subjects, store, options, stop)?;
     let splices = match model {
         Some(model) => splice_all(&subjects, store, model, options, stop)?.into_iter().map(Some).collect(),
