@@ -3,11 +3,13 @@
 //!
 //! `cargo xtask bench` runs the first two beside other programs, round by round in turn, so that a busy machine slows both.
 
+mod cuda;
 mod harvest;
 mod mlsae_step;
 mod precision;
 mod train_step;
 
+pub use cuda::{CudaBench, CudaPeaks, CudaStep};
 pub use harvest::{HarvestBench, HarvestReady, HarvestRound};
 pub use mlsae_step::{MlsaeStepBench, MlsaeStepRound, Shape};
 pub use precision::{PrecisionReport, TapError, compare};

@@ -11,7 +11,8 @@ use shared::Precision;
 use shared::config::Count;
 use shared::config::train::EncoderPrecision;
 
-use crate::bench::{HarvestBench, MlsaeStepBench, Shape, TrainStepBench, compare};
+use crate::bench::{CudaBench, HarvestBench, MlsaeStepBench, Shape, TrainStepBench, compare};
+use crate::cuda::ProductPrecision;
 
 /// Arguments of `bench`.
 #[derive(Debug, clap::Args)]
@@ -35,6 +36,40 @@ enum Command {
     ///
     /// Prints the best round of each as JSON, then `ratio mlsae-over-single X.XX` and the like.
     MlsaeStep(MlsaeStepArgs),
+    /// Training steps on a card, width by width, beside what the card can do at best: its copy bandwidth and the speed of a product.
+    ///
+    /// Prints a table; the floor of a step is its encoder product at that speed and the bytes that must move at that bandwidth.
+    Cuda(CudaArgs),
+}
+
+#[derive(Debug, clap::Args)]
+struct CudaArgs {
+    /// The card, such as cuda:0.
+    #[arg(long, value_name = "DEVICE", default_value = "cuda:0")]
+    device: crate::cuda::Choice,
+    /// Width of the vectors.
+    #[arg(long, value_name = "N", default_value_t = 2304)]
+    d: usize,
+    /// Latents, one line of the table each.
+    #[arg(
+        long,
+        value_name = "N,...",
+        value_delimiter = ',',
+        default_value = "16384,65536,131072,262144,1048576"
+    )]
+    widths: Vec<usize>,
+    /// Rows of a batch.
+    #[arg(long, value_name = "N", default_value_t = 4096)]
+    batch: usize,
+    /// Mean active latents of a row.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    l0: usize,
+    /// Steps timed of each, after two that are not.
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    steps: usize,
+    /// Products with all 24 bits instead of through TF32.
+    #[arg(long)]
+    f32: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -119,7 +154,34 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         }
         Command::TrainStep(args) => train_step(args),
         Command::MlsaeStep(args) => mlsae_step(args),
+        Command::Cuda(args) => cuda(args),
     }
+}
+
+fn cuda(args: &CudaArgs) -> Result<()> {
+    let precision = if args.f32 { ProductPrecision::F32 } else { ProductPrecision::Tf32 };
+    let device = crate::cuda::open(args.device)?
+        .context("the processor has no kernels; name a card, such as cuda:0")?;
+    let bench = CudaBench::new(device, precision);
+    let peaks = bench.peaks(args.d, args.batch, 1 << 28)?;
+    writeln!(
+        io::stdout(),
+        "{}: copies {:.0} GB/s, products {:.0} TFLOP/s ({precision:?}, {} x {} x 8192)\n{}",
+        peaks.device,
+        peaks.bandwidth / 1e9,
+        peaks.flops / 1e12,
+        args.batch,
+        args.d,
+        crate::bench::CudaStep::HEAD
+    )?;
+    for &width in &args.widths {
+        match bench.step(&peaks, args.d, width, args.batch, args.l0, args.steps) {
+            Ok(step) => writeln!(io::stdout(), "{step}")?,
+            // A width that does not fit is a line of the table, not the end of it.
+            Err(error) => writeln!(io::stdout(), "{width:>9}  {error:#}")?,
+        }
+    }
+    Ok(())
 }
 
 fn harvest(args: &HarvestArgs) -> Result<()> {

@@ -1,12 +1,15 @@
 //! `stratascope selftest`.
 
 use std::io::Write;
+use std::sync::Arc;
 
 use anyhow::{Result, bail};
 
-use crate::selftest::cases::cases;
-use crate::selftest::{OnProcessor, STEPS, Verdict, judge};
-use crate::train::Trainer;
+use crate::cuda::{self, CudaTrainer, Device, ProductPrecision};
+use crate::selftest::cases::{Case, cases};
+use crate::selftest::impostor::{Impostor, MISTAKES};
+use crate::selftest::{OnDevice, OnProcessor, STEPS, Verdict, judge};
+use crate::train::{Moments, Trainer};
 
 /// Arguments of `selftest`.
 #[derive(Debug, clap::Args)]
@@ -20,13 +23,13 @@ Examples:
 pub(crate) struct Args {
     /// What is tested: cpu, or a card such as cuda:0.
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
-    device: crate::cuda::Choice,
+    device: cuda::Choice,
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let failures = match args.device {
-        crate::cuda::Choice::Cpu => on_processor()?,
-        crate::cuda::Choice::Cuda(number) => on_card(number)?,
+    let failures = match cuda::open(args.device)? {
+        None => on_processor()?,
+        Some(card) => on_card(&card)?,
     };
     if failures > 0 {
         bail!("{failures} failed");
@@ -43,23 +46,7 @@ fn on_processor() -> Result<usize> {
     Ok(table.failures)
 }
 
-#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
-fn on_card(_number: usize) -> Result<usize> {
-    bail!("this program was built without CUDA: cards are used on Linux on x86-64 only")
-}
-
-#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-fn on_card(number: usize) -> Result<usize> {
-    use std::sync::Arc;
-
-    use crate::cuda::card::Card;
-    use crate::cuda::{CudaTrainer, Device, ProductPrecision};
-    use crate::selftest::OnDevice;
-    use crate::selftest::cases::Case;
-    use crate::selftest::impostor::{Impostor, MISTAKES};
-    use crate::train::Moments;
-
-    let card: Arc<dyn Device + Send + Sync> = Arc::new(Card::open(number)?);
+fn on_card(card: &Arc<dyn Device + Send + Sync>) -> Result<usize> {
     let mut table = Table::new(&card.name())?;
     let run = |device: Arc<dyn Device + Send + Sync>, case: &Case| {
         let first = case.start();
@@ -69,11 +56,11 @@ fn on_card(number: usize) -> Result<usize> {
     };
     let cases = cases();
     for case in &cases {
-        table.line(case.name, &run(Arc::clone(&card), case))?;
+        table.line(case.name, &run(Arc::clone(card), case))?;
     }
     for mistake in MISTAKES {
         let Some(case) = cases.iter().find(|case| case.name == mistake.case) else { continue };
-        table.impostor(mistake.name, &run(Arc::new(Impostor::new(Arc::clone(&card), mistake)), case))?;
+        table.impostor(mistake.name, &run(Arc::new(Impostor::new(Arc::clone(card), mistake)), case))?;
     }
     Ok(table.failures)
 }
@@ -109,7 +96,6 @@ impl Table {
         Ok(())
     }
 
-    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     fn impostor(&mut self, name: &str, found: &Result<Verdict>) -> Result<()> {
         let mut out = std::io::stdout().lock();
         let name = format!("impostor: {name}");

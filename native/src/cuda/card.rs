@@ -240,6 +240,12 @@ impl Device for Card {
         Ok(unsafe { driver::memset_d8_async(at, byte, bytes, self.stream) }?)
     }
 
+    fn copy(&self, to: Address, from: Address, bytes: usize) -> Result<()> {
+        self.enter()?;
+        // SAFETY: there are as many bytes at both places, by the owners of the buffers.
+        Ok(unsafe { driver::memcpy_dtod_async(to, from, bytes, self.stream) }?)
+    }
+
     fn launch(&self, kernel: Kernel, shape: Shape, blocks: usize, arguments: &[Argument<'_>]) -> Result<()> {
         self.enter()?;
         let function = self.function(kernel, shape)?;

@@ -98,6 +98,11 @@ pub trait Device: fmt::Debug {
     /// # Errors
     /// The device's own.
     fn fill(&self, at: Address, byte: u8, bytes: usize) -> Result<()>;
+    /// Copies within the device.
+    ///
+    /// # Errors
+    /// The device's own.
+    fn copy(&self, to: Address, from: Address, bytes: usize) -> Result<()>;
     /// Runs a kernel, compiled for `shape`, in `blocks` blocks of the shape's threads.
     ///
     /// # Errors

@@ -23,3 +23,21 @@ pub use device::{Argument, Buffer, Device, MatrixAt, Product, ProductPrecision};
 pub use kernels::{Kernel, PRELUDE, Shape};
 pub use step::{Address, Step};
 pub use trainer::{CudaForward, CudaTrainer};
+
+use std::sync::Arc;
+
+use anyhow::Result;
+
+/// Opens what is asked for; `None` for the processor.
+///
+/// # Errors
+/// If there is no such card, or it cannot be used.
+pub fn open(choice: Choice) -> Result<Option<Arc<dyn Device + Send + Sync>>> {
+    match choice {
+        Choice::Cpu => Ok(None),
+        #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+        Choice::Cuda(number) => Ok(Some(Arc::new(card::Card::open(number)?))),
+        #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+        Choice::Cuda(_) => anyhow::bail!("cards are used on Linux on x86-64 only"),
+    }
+}

@@ -91,6 +91,10 @@ impl Device for Impostor {
         self.device.fill(at, byte, bytes)
     }
 
+    fn copy(&self, to: Address, from: Address, bytes: usize) -> Result<()> {
+        self.device.copy(to, from, bytes)
+    }
+
     fn launch(&self, kernel: Kernel, shape: Shape, blocks: usize, arguments: &[Argument<'_>]) -> Result<()> {
         let mut arguments = arguments.to_vec();
         let mut told = Step::default();

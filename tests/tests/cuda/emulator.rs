@@ -167,6 +167,14 @@ impl Device for Emulator {
         Ok(())
     }
 
+    fn copy(&self, to: Address, from: Address, bytes: usize) -> Result<()> {
+        self.check(to, bytes)?;
+        self.check(from, bytes)?;
+        // SAFETY: checked just now.
+        unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes) };
+        Ok(())
+    }
+
     fn launch(&self, kernel: Kernel, shape: Shape, blocks: usize, arguments: &[Argument<'_>]) -> Result<()> {
         ensure!(blocks > 0, "{} was launched with no block", kernel.entry());
         let mut libraries = lock(&self.libraries);

@@ -8,6 +8,7 @@ mod emulator;
 use std::sync::Arc;
 
 use emulator::Emulator;
+use native::bench::{CudaBench, CudaStep};
 use native::cuda::{CudaTrainer, Device, ProductPrecision, Shape, Step};
 use native::selftest::cases::{Case, D, N_LATENTS, N_ROWS, Noise, cases};
 use native::selftest::impostor::{Impostor, MISTAKES};
@@ -90,4 +91,18 @@ fn a_device_goes_on_where_it_was_with_any_batch() {
     let wrong = vec![0.0; 2 * (D + 1)];
     let wrong = Rows::new(&wrong, D + 1).unwrap();
     assert!(whole.forward(wrong, wrong, &objective).is_err());
+}
+
+/// The bench of a card, at a size that the processor can run: what it prints has the shape of the table.
+#[test]
+fn the_bench_times_every_width() {
+    let folder = tempfile::tempdir().unwrap();
+    let emulator: Shared = Arc::new(Emulator::new(folder.path()));
+    let bench = CudaBench::new(emulator, ProductPrecision::F32);
+    let peaks = bench.peaks(4, 3, 1000).unwrap();
+    assert!(peaks.bandwidth > 0.0 && peaks.flops > 0.0);
+    let step = bench.step(&peaks, 32, 512, 16, 8, 1).unwrap();
+    assert!((4.0..16.0).contains(&step.l0) && step.seconds > step.forward_seconds, "{step:?}");
+    assert_eq!(step.to_string().len(), CudaStep::HEAD.len(), "{step}");
+    assert!(bench.step(&peaks, 32, 8, 16, 8, 1).is_err());
 }
