@@ -1,7 +1,7 @@
 //! Dead latents that are begun again live, whatever the latent function, and nothing else changes.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests assert by panicking")]
 
-use native::train::{Betas, Latents, Params, Settings, Tensors, Trainer};
+use native::train::{Betas, Latents, Params, Rest, Settings, Tensors, Trainer};
 use shared::Rows;
 use shared::loss::{Objective, Parametrisation, Sparsity};
 
@@ -72,7 +72,7 @@ fn dead_latents_fire_again_and_the_others_stay() {
         assert!(DEAD.iter().all(|latent| !silent.contains(latent)), "{latents:?}");
 
         let mut after = before.clone();
-        assert_eq!(after.resample(&forward, &dead, 7), DEAD, "{latents:?}");
+        assert_eq!(after.resample(&Rest::of(&forward), &dead, 7), DEAD, "{latents:?}");
         let (old, new) = (&before.params.tensors, &after.params.tensors);
         let living: Vec<f32> =
             (0..N).filter(|i| !dead[*i]).map(|i| length(&old.w_enc[i * D..][..D])).collect();
@@ -106,15 +106,15 @@ fn dead_latents_fire_again_and_the_others_stay() {
         assert!(DEAD.iter().all(|latent| again.contains(latent)), "{latents:?}: {again:?}");
 
         let mut same = before.clone();
-        same.resample(&forward, &dead, 7);
+        same.resample(&Rest::of(&forward), &dead, 7);
         assert_eq!(same, after);
         let mut other = before.clone();
-        other.resample(&forward, &dead, 8);
+        other.resample(&Rest::of(&forward), &dead, 8);
         assert_ne!(other, after, "another seed draws other rows");
         let mut none = before.clone();
-        assert!(none.resample(&forward, &[false; N], 7).is_empty() && none == before);
+        assert!(none.resample(&Rest::of(&forward), &[false; N], 7).is_empty() && none == before);
         assert!(
-            none.resample(&forward, &[true; N], 7).is_empty() && none == before,
+            none.resample(&Rest::of(&forward), &[true; N], 7).is_empty() && none == before,
             "nothing lives to learn from"
         );
     }

@@ -67,7 +67,8 @@ pub struct CudaStep {
 
 impl CudaStep {
     /// The head of a table of steps.
-    pub const HEAD: &str = "  latents     L0   step ms  forward ms  floor ms (product + bytes)  step/floor  vectors/s  memory GB";
+    pub const HEAD: &str =
+        "  latents     L0   step ms  forward ms  floor ms (product + bytes) step/floor  vectors/s  memory GB";
 }
 
 impl fmt::Display for CudaStep {

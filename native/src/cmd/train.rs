@@ -13,11 +13,12 @@ use shared::config::train::{Layers, TrainConfig};
 use shared::config::{Count, Override, expand, resolve};
 use shared::tap::{Site, TapPoint};
 
+use crate::cuda;
 use crate::harvest::Live;
 use crate::model;
 use crate::stop::StopFlag;
 use crate::train::{
-    ActivationSource, Job, LiveTaps, StoreTaps, Summary, VectorsFile, Wiring, run_all, spread,
+    ActivationSource, Job, LiveTaps, StoreTaps, Summary, VectorsFile, Wiring, run_all_on, spread,
 };
 
 /// Arguments of `train`.
@@ -91,6 +92,9 @@ pub(crate) struct Args {
     /// Write the log as a TensorBoard event file too, beside log.jsonl, under the names SAELens gives its metrics.
     #[arg(long)]
     tensorboard: bool,
+    /// What trains: auto (a card where there is one), cpu, or a card such as cuda:0. A run may go on elsewhere than it began.
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    device: cuda::Choice,
     /// Print the result as JSON.
     #[arg(long)]
     json: bool,
@@ -207,7 +211,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             rayon::current_num_threads(),
         );
     }
-    let mut results = run_all(&source, &jobs, &stop)?;
+    let device = cuda::open(args.device)?;
+    if let Some(device) = &device {
+        fits(&**device, &jobs, &*source)?;
+    }
+    let mut results = run_all_on(&source, &jobs, device.as_ref(), &stop)?;
     let mut stdout = std::io::stdout().lock();
     if jobs[0].name.is_empty()
         && let Some(result) = results.pop()
@@ -288,4 +296,38 @@ fn describe(summary: &Summary, out: &Path) -> String {
         text += &format!("{} batches were not learned from\n", summary.skipped);
     }
     text + &format!("written to {}\n", out.display())
+}
+
+/// Says what the runs take of the device, and refuses what cannot fit.
+fn fits(device: &dyn cuda::Device, jobs: &[Job], source: &dyn ActivationSource) -> Result<()> {
+    let mut needed = 0;
+    for Job { config, .. } in jobs {
+        let widths = Wiring::of(config, source)?.widths(source);
+        let channels = config.prefix_lengths().len().max(1)
+            + [config.aux_k > 0, config.multi_topk].into_iter().filter(|&used| used).count()
+            + 1;
+        #[expect(clippy::cast_precision_loss, reason = "a number of latents")]
+        let l0 = config.target_l0.unwrap_or(config.k as f64).max(64.0);
+        let momentum = config.beta1 > 0.0;
+        needed += cuda::geometry::bytes(config.width, widths, config.batch, channels, l0, momentum);
+    }
+    let (free, total) = device.memory()?;
+    #[expect(clippy::cast_precision_loss, reason = "shown to one decimal")]
+    let gb = |bytes: u64| bytes as f64 / 1e9;
+    tracing::info!(
+        "on {}: about {:.1} GB of {:.1} GB free of {:.1}",
+        device.name(),
+        gb(needed),
+        gb(free),
+        gb(total)
+    );
+    ensure!(
+        needed <= free,
+        "training takes about {:.1} GB, and {:.1} GB of {} are free: train fewer autoencoders at once, a smaller width or batch, or \
+         with beta1 = 0, which needs no first moments; --device cpu uses the memory of the machine",
+        gb(needed),
+        gb(free),
+        device.name()
+    );
+    Ok(())
 }

@@ -40,6 +40,24 @@ pub fn capacity_of_largest(k: usize, threads: usize) -> usize {
     (2 * k + 2 * threads).max(1024)
 }
 
+/// Bytes that training a dictionary takes of a device: parameters, moments and batch.
+#[must_use]
+pub fn bytes(
+    n_latents: usize,
+    [d_in, d_out]: [usize; 2],
+    n_rows: usize,
+    n_channels: usize,
+    l0: f64,
+    momentum: bool,
+) -> u64 {
+    let arrays = if momentum { 3 } else { 2 };
+    let dictionary = n_latents * (4 * arrays * (d_in + d_out) + 64) + 4 * PARTS.min(n_latents) * d_in;
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of a width")]
+    let kept = (4.0 * l0).ceil() as usize + FIRST_CAPACITY;
+    let row = 4 * (2 * d_in + d_out * (1 + n_channels) + latents_at_once(n_rows, n_latents)) + 24 * kept;
+    (dictionary + n_rows * row) as u64
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -72,5 +90,12 @@ mod tests {
         }
         assert_eq!(capacity, 5000);
         assert!(capacity_of_largest(512, 256) >= 512 + 256);
+    }
+
+    #[test]
+    fn a_million_latents_fit_eighty_gigabytes() {
+        let needed = bytes(1 << 20, [2304, 2304], 4096, 1, 64.0, false);
+        assert!((38_000_000_000..45_000_000_000).contains(&needed), "{needed}");
+        assert!(bytes(1 << 20, [2304, 2304], 4096, 1, 64.0, true) > needed + 19_000_000_000);
     }
 }

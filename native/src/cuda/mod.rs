@@ -28,13 +28,24 @@ use std::sync::Arc;
 
 use anyhow::Result;
 
-/// Opens what is asked for; `None` for the processor.
+/// Opens what is asked for; `None` for the processor. What `auto` came to, and why, is logged.
 ///
 /// # Errors
 /// If there is no such card, or it cannot be used.
 pub fn open(choice: Choice) -> Result<Option<Arc<dyn Device + Send + Sync>>> {
     match choice {
         Choice::Cpu => Ok(None),
+        Choice::Auto => {
+            let found = found::look();
+            let problem = found.problem.clone().or_else(|| found.libraries.missing());
+            match problem.or_else(|| found.cards.is_empty().then(|| "the driver knows no card".to_owned())) {
+                Some(problem) => {
+                    tracing::info!("on the processor: {problem}");
+                    Ok(None)
+                }
+                None => open(Choice::Cuda(0)),
+            }
+        }
         #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
         Choice::Cuda(number) => Ok(Some(Arc::new(card::Card::open(number)?))),
         #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]

@@ -83,7 +83,8 @@ pub(super) fn finished(out: &Path, identity: &Value) -> Result<Option<Summary>> 
 
 impl Run<'_> {
     /// Writes the autoencoder and what is to be said of it.
-    pub(super) fn finish(&self) -> Result<Summary> {
+    pub(super) fn finish(&mut self) -> Result<Summary> {
+        self.fetch()?;
         let elapsed = self.started.elapsed().as_secs_f64();
         let batch = self.config.batch as u64;
         let State { trainer, guard, dead, .. } = &self.state;

@@ -6,7 +6,7 @@ use shared::config::train::TrainConfig;
 use shared::loss::Sparsity;
 use shared::metrics::Dead;
 
-use super::forward::Forward;
+use super::engine::Pass;
 use super::log::Line;
 use super::speed::{Speed, memory_mib, peak};
 use super::step::Settings;
@@ -47,11 +47,11 @@ impl Interval {
     }
 
     /// A step that took `busy`.
-    pub(super) fn add(&mut self, forward: &Forward, settings: &Settings<'_>, busy: Duration) {
-        let losses = forward.losses();
+    pub(super) fn add(&mut self, pass: &Pass, settings: &Settings<'_>, busy: Duration) {
+        let losses = pass.losses();
         self.busy += busy;
-        self.encoder_seconds += forward.effort().seconds;
-        self.active += forward.n_active();
+        self.encoder_seconds += pass.encoder_seconds();
+        self.active += pass.n_active();
         self.n_steps += 1;
         self.loss += losses.total();
         self.mse += losses.mse;

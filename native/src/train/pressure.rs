@@ -11,8 +11,6 @@ use serde::{Deserialize, Serialize};
 use shared::config::train::{LatentFunction, TrainConfig};
 use shared::loss::Sparsity;
 
-use super::forward::Forward;
-use super::params::Params;
 use super::schedule::ramp;
 
 /// λ of a steered penalty at the start: near where runs on normalised data end.
@@ -75,26 +73,40 @@ impl Pressure {
     }
 
     /// Takes note of a batch that was learned from in step `step` (counted from 0).
-    pub fn observe(&mut self, config: &TrainConfig, step: u64, forward: &Forward, params: &Params) {
+    ///
+    /// `l0` is the batch's, and `mean_powers` are the means of what the penalty counts, to the powers of [`Pressure::powers`]; they are
+    /// asked for only near an update of p.
+    pub fn observe(
+        &mut self,
+        config: &TrainConfig,
+        step: u64,
+        l0: f64,
+        mean_powers: impl FnOnce() -> [f64; 2],
+    ) {
         if !config.activation.has_norm() {
             return;
         }
         if let Some(target) = config.target_l0 {
             // A step without any active latent says "too sparse" as loudly as is listened to.
-            let error = (forward.losses().l0 / target).ln().clamp(-LARGEST_ERROR, LARGEST_ERROR);
+            let error = (l0 / target).ln().clamp(-LARGEST_ERROR, LARGEST_ERROR);
             self.error = error.to_bits();
             self.lambda = (f64::from_bits(self.lambda) * (INTEGRAL * error).exp()).to_bits();
         }
-        self.anneal(config, step, forward, params);
+        self.anneal(config, step, mean_powers);
     }
 
-    fn anneal(&mut self, config: &TrainConfig, step: u64, forward: &Forward, params: &Params) {
+    /// The current power of the norm, and the next.
+    #[must_use]
+    pub fn powers(&self, config: &TrainConfig) -> [f64; 2] {
+        [self.updates, self.updates + 1].map(|n| power(config, n))
+    }
+
+    fn anneal(&mut self, config: &TrainConfig, step: u64, mean_powers: impl FnOnce() -> [f64; 2]) {
         let Some(due) = due(config, self.updates) else { return };
         if step + (QUEUE as u64) < due {
             return;
         }
-        let [now, next] = [self.updates, self.updates + 1].map(|n| power(config, n));
-        self.norms.push_back([now, next].map(|p| forward.mean_power(params, p).to_bits()));
+        self.norms.push_back(mean_powers().map(f64::to_bits));
         self.norms.truncate(QUEUE);
         if step >= due {
             let [now, next] = [0, 1].map(|i| self.norms.iter().map(|n| f64::from_bits(n[i])).sum::<f64>());

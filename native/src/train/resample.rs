@@ -17,21 +17,42 @@ const ENCODER_SHARE: f32 = 0.2;
 /// A new threshold, of the pre-activation on the row that the latent was made from.
 const THRESHOLD_SHARE: f32 = 0.5;
 
+/// What the encoder read of the rows of a batch `[N, d_in]`, and the residuals `x̂ − y [N, d_out]` of the whole dictionary.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rest {
+    /// The inputs.
+    pub inputs: Vec<f32>,
+    /// The residuals.
+    pub residuals: Vec<f32>,
+}
+
+impl Rest {
+    /// Of a forward pass.
+    #[must_use]
+    pub fn of(forward: &Forward) -> Self {
+        let residuals = (0..forward.n_rows).flat_map(|row| forward.residual(row)).copied().collect();
+        Self { inputs: forward.input.clone(), residuals }
+    }
+}
+
 impl Trainer {
-    /// Begins the latents `dead [n]` again from rows of the batch of `forward`, as many as it has rows with an error; returns which.
+    /// Begins the latents `dead [n]` again from rows of the batch of `rest`, as many as it has rows with an error; returns which.
     ///
     /// The choice follows from `seed` and the step.
-    pub fn resample(&mut self, forward: &Forward, dead: &[bool], seed: u64) -> Vec<u32> {
+    pub fn resample(&mut self, rest: &Rest, dead: &[bool], seed: u64) -> Vec<u32> {
         let dead_latents: Vec<usize> = (0..dead.len()).filter(|&latent| dead[latent]).collect();
         if dead_latents.is_empty() || dead_latents.len() == dead.len() {
             return Vec::new();
         }
         // The square of a row's loss, which is the square of its error.
+        let (d_in, d_out) = (self.params.d_in, self.params.d_out);
+        let n_rows = rest.inputs.len() / d_in.max(1);
         let weight = |row: usize| {
-            let error: f64 = forward.residual(row).iter().map(|r| f64::from(*r).powi(2)).sum();
+            let error: f64 =
+                rest.residuals[row * d_out..(row + 1) * d_out].iter().map(|r| f64::from(*r).powi(2)).sum();
             error * error
         };
-        let weights: Vec<f64> = (0..forward.n_rows).map(weight).collect();
+        let weights: Vec<f64> = (0..n_rows).map(weight).collect();
         let drawable = weights.iter().filter(|weight| **weight > 0.0).count();
         let mut rng = ChaCha8Rng::seed_from_u64(seed ^ self.step.rotate_left(32));
         let amount = dead_latents.len().min(drawable);
@@ -42,18 +63,18 @@ impl Trainer {
         self.calm_moments(dead);
         let chosen: Vec<usize> = dead_latents.into_iter().take(amount).collect();
         for (&latent, row) in chosen.iter().zip(rows) {
-            self.begin(latent, forward, row, usual);
+            self.begin(latent, rest, row, usual);
         }
         #[expect(clippy::cast_possible_truncation, reason = "widths are below 2^32")]
         chosen.into_iter().map(|latent| latent as u32).collect()
     }
 
     /// One latent from one row.
-    fn begin(&mut self, latent: usize, forward: &Forward, row: usize, length: f32) {
+    fn begin(&mut self, latent: usize, rest: &Rest, row: usize, length: f32) {
         let (d_in, d_out) = (self.params.d_in, self.params.d_out);
-        let input = &forward.input[row * d_in..(row + 1) * d_in];
+        let input = &rest.inputs[row * d_in..(row + 1) * d_in];
         // What is missing from the row, where it is something else than what was read.
-        let missing: Vec<f32> = forward.residual(row).iter().map(|r| -r).collect();
+        let missing: Vec<f32> = rest.residuals[row * d_out..(row + 1) * d_out].iter().map(|r| -r).collect();
         let transcodes = d_in != d_out || !self.params.pre_bias;
         let t = &mut self.params.tensors;
         let direction = &mut t.w_dec[latent * d_out..(latent + 1) * d_out];

@@ -15,7 +15,7 @@ use shared::loss::{AuxForm, AuxK, DeadPull, Examples, MultiTopK, Objective, Pref
 use shared::metrics::Dead;
 
 use super::checkpoint::{self, State};
-use super::forward::Forward;
+use super::engine::{Engine, Pass, SharedDevice};
 use super::guard::{Guard, Verdict};
 use super::init;
 use super::interval::Interval;
@@ -64,6 +64,7 @@ pub(super) struct Run<'a> {
     pub(super) out: PathBuf,
     pub(super) identity: Value,
     pub(super) state: State,
+    engine: Engine,
     log: Log,
     interval: Interval,
     pub(super) started: Instant,
@@ -80,6 +81,7 @@ impl<'a> Run<'a> {
         config: &'a TrainConfig,
         out: &Path,
         identity: Value,
+        device: Option<&SharedDevice>,
         beginning: impl FnOnce() -> Result<Beginning>,
     ) -> Result<Self> {
         let widths = wiring.widths(&**source);
@@ -110,6 +112,7 @@ impl<'a> Run<'a> {
             tracing::warn!("this processor has no AVX512-BF16: the encoder product is computed in f32");
         }
         let first_step = state.trainer.step;
+        let engine = Engine::new(&state.trainer, device)?;
         let log = Log::open(&out.join("log.jsonl"), first_step, config)?;
         write_bytes(&out.join("config.toml"), to_toml(config)?.as_bytes())?;
         Ok(Self {
@@ -119,6 +122,7 @@ impl<'a> Run<'a> {
             out: out.to_owned(),
             identity,
             state,
+            engine,
             log,
             interval: Interval::new(first_step, Duration::ZERO),
             started: Instant::now(),
@@ -152,16 +156,18 @@ impl<'a> Run<'a> {
         let settings = Settings { lr, own_lr, betas: betas(config), objective: &objective };
         let [d_in, d_out] = self.wiring.widths(&**self.source);
         let (x, y) = (Rows::new(&batch.x, d_in)?, Rows::new(batch.targets(), d_out)?);
-        let forward = self.state.trainer.forward(x, y, &objective)?;
+        let powers = self.state.pressure.powers(config);
+        let pass = self.engine.forward(&self.state.trainer, (x, y), &objective, powers)?;
         self.state.position = position;
-        match self.state.guard.accept(&forward.losses())? {
+        match self.state.guard.accept(&pass.losses())? {
             Verdict::Learn => {
-                self.state.trainer.update(&forward, &settings)?;
-                let params = &self.state.trainer.params;
-                self.state.dead.update_fired(x.n_rows() as u64, forward.fired(params));
-                self.state.pressure.observe(config, step, &forward, params);
-                self.resample(&forward);
-                self.interval.add(&forward, &settings, started.elapsed());
+                self.engine.update(&mut self.state.trainer, &pass, &settings)?;
+                let State { trainer, dead, pressure, .. } = &mut self.state;
+                dead.update_fired(x.n_rows() as u64, pass.fired(trainer));
+                let mean_powers = || pass.mean_powers(trainer, powers);
+                pressure.observe(config, step, pass.losses().l0, mean_powers);
+                self.resample(&pass)?;
+                self.interval.add(&pass, &settings, started.elapsed());
             }
             Verdict::Skip => {}
             Verdict::RollBack => return self.roll_back(waited),
@@ -180,14 +186,18 @@ impl<'a> Run<'a> {
     }
 
     /// Begins dead latents again, when it is time; never while the learning rate falls, when they could not learn any more.
-    fn resample(&mut self, forward: &Forward) {
+    fn resample(&mut self, pass: &Pass) -> Result<()> {
         let (config, step) = (self.config, self.state.trainer.step);
         let due = config.resample_every > 0 && step.is_multiple_of(config.resample_every);
         if due && rates(config, step)[0] >= config.lr {
             let dead = self.state.dead.mask_within(config.dead_window.0);
-            let begun = self.state.trainer.resample(forward, &dead, config.seed);
+            let rest = self.engine.rest(pass)?;
+            self.engine.fetch(&mut self.state.trainer)?;
+            let begun = self.state.trainer.resample(&rest, &dead, config.seed);
             self.state.dead.revive(begun);
+            self.engine.replace(&self.state.trainer)?;
         }
+        Ok(())
     }
 
     /// Takes up earlier parameters, and goes on with what comes next in the data.
@@ -210,13 +220,20 @@ impl<'a> Run<'a> {
         );
         let guard = self.state.guard.after_rolling_back(&earlier.guard);
         self.state = State { guard, position: self.state.position, ..earlier };
+        self.engine.replace(&self.state.trainer)?;
         self.log = Log::open(&self.out.join("log.jsonl"), step, self.config)?;
         self.interval = Interval::new(step, waited);
         Ok(())
     }
 
+    /// Brings the host's parameters up to date.
+    pub(super) fn fetch(&mut self) -> Result<()> {
+        self.engine.fetch(&mut self.state.trainer)
+    }
+
     /// Writes a checkpoint.
-    pub(super) fn save(&self) -> Result<()> {
+    pub(super) fn save(&mut self) -> Result<()> {
+        self.fetch()?;
         checkpoint::save(&self.out, &self.state, &self.identity)
     }
 

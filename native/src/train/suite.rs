@@ -15,6 +15,7 @@ use indicatif::ProgressBar;
 use shared::config::train::{Normalise, TrainConfig};
 
 use super::checkpoint;
+use super::engine::SharedDevice;
 use super::finish::{Summary, finished};
 use super::normalise::Scaling;
 use super::order::{Batches, Pairs, Position, Shards};
@@ -63,11 +64,24 @@ pub fn run_all(
     jobs: &[Job],
     stop: &StopFlag,
 ) -> Result<Vec<Result<Summary>>> {
+    run_all_on(source, jobs, None, stop)
+}
+
+/// [`run_all`] on a device, or on the processor.
+///
+/// # Errors
+/// As [`run_all`], or if the device fails.
+pub fn run_all_on(
+    source: &Arc<dyn ActivationSource>,
+    jobs: &[Job],
+    device: Option<&SharedDevice>,
+    stop: &StopFlag,
+) -> Result<Vec<Result<Summary>>> {
     check(jobs)?;
     let mut results: Vec<Option<Result<Summary>>> = Vec::new();
     let (mut runs, mut beginnings) = (Vec::new(), BTreeMap::new());
     for (index, job) in jobs.iter().enumerate() {
-        match begin(source, job, &mut beginnings) {
+        match begin(source, job, device, &mut beginnings) {
             Ok((summary, run)) => {
                 results.push(summary.map(Ok));
                 runs.extend(run.map(|(wiring, run)| Member { job: index, wiring, run }));
@@ -87,6 +101,7 @@ type Measured = (Wiring, u64, Normalise);
 fn begin<'a>(
     source: &'a Arc<dyn ActivationSource>,
     job: &'a Job,
+    device: Option<&SharedDevice>,
     beginnings: &mut BTreeMap<Measured, Beginning>,
 ) -> Result<(Option<Summary>, Option<(Wiring, Run<'a>)>)> {
     let wiring = Wiring::of(&job.config, &**source)?;
@@ -101,7 +116,7 @@ fn begin<'a>(
         Entry::Occupied(known) => Ok(known.get().clone()),
         Entry::Vacant(entry) => Ok(entry.insert(Beginning::measure(source, &wiring, &job.config)?).clone()),
     };
-    let run = Run::start(source, wiring.clone(), &job.config, &job.out, identity, begin)?;
+    let run = Run::start(source, wiring.clone(), &job.config, &job.out, identity, device, begin)?;
     Ok((None, Some((wiring, run))))
 }
 
@@ -259,7 +274,7 @@ impl Suite<'_> {
     /// Writes out the runs that have taken all their steps.
     fn retire(&mut self, bar: &ProgressBar) {
         let (results, jobs) = (&mut self.results, self.jobs);
-        self.runs.retain(|Member { job, run, .. }| {
+        self.runs.retain_mut(|Member { job, run, .. }| {
             if run.steps().1 > 0 {
                 return true;
             }

@@ -17,7 +17,7 @@ type Entry = unsafe extern "C" fn(u32, u32, *mut *mut c_void);
 
 /// The device. Its memory is the program's, and is checked to be used within what was allocated.
 #[derive(Debug)]
-pub struct Emulator {
+pub(crate) struct Emulator {
     folder: PathBuf,
     libraries: Mutex<HashMap<Shape, Library>>,
     memory: Mutex<BTreeMap<Address, Vec<u64>>>,
@@ -26,14 +26,14 @@ pub struct Emulator {
 impl Emulator {
     /// A device that keeps its libraries in `folder`.
     #[must_use]
-    pub fn new(folder: &Path) -> Self {
+    pub(crate) fn new(folder: &Path) -> Self {
         let (libraries, memory) = Default::default();
         Self { folder: folder.to_owned(), libraries, memory }
     }
 
     /// Bytes allocated and not given back.
     #[must_use]
-    pub fn in_use(&self) -> usize {
+    pub(crate) fn in_use(&self) -> usize {
         lock(&self.memory).values().map(|words| 8 * words.len()).sum()
     }
 
@@ -92,7 +92,7 @@ impl Emulator {
     ///
     /// # Errors
     /// If the kernels do not compile.
-    pub fn size_of_step(&self, shape: Shape) -> Result<usize> {
+    pub(crate) fn size_of_step(&self, shape: Shape) -> Result<usize> {
         let library = self.compile(shape)?;
         // SAFETY: the function was written above, with this type.
         let size = unsafe { library.get::<unsafe extern "C" fn() -> u32>(b"size_of_step")?() };

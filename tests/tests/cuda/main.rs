@@ -4,6 +4,7 @@
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 mod compile;
 mod emulator;
+mod runs;
 
 use std::sync::Arc;
 
@@ -37,13 +38,13 @@ fn every_variant_equals_the_dense_reference_and_no_impostor_does() {
     let emulator = Arc::new(Emulator::new(folder.path()));
     let cases = cases();
     for case in &cases {
-        let verdict = judge(case, &mut learner(emulator.clone(), case), 8).unwrap();
+        let verdict = judge(case, &mut learner(emulator.clone(), case), 5).unwrap();
         println!("{verdict:?}");
     }
     for mistake in MISTAKES {
         let case = cases.iter().find(|case| case.name == mistake.case).unwrap();
         let impostor = Arc::new(Impostor::new(emulator.clone(), mistake));
-        let found = judge(case, &mut learner(impostor, case), 8);
+        let found = judge(case, &mut learner(impostor, case), 5);
         assert!(found.is_err(), "{} was not found out: {found:?}", mistake.name);
     }
     assert_eq!(emulator.in_use(), 0, "memory was not given back");

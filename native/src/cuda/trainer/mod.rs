@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use shared::loss::{Levels, Losses};
 
 use super::device::{Argument, Buffer, Device, ProductPrecision};
@@ -169,6 +169,31 @@ impl CudaTrainer {
         };
         (moments.weights_step, moments.own_step) = (steps(&self.weights_step)?, steps(&self.own_step)?);
         Ok((params, moments))
+    }
+
+    /// Goes on from other parameters and moments of the same shapes.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn upload(&mut self, params: &Params, moments: &Moments, step: u64) -> Result<()> {
+        *self = Self::new(Arc::clone(&self.device), params, moments, step, self.precision)?;
+        Ok(())
+    }
+
+    /// What the encoder read of the rows of the last forward pass `[N, d_in]`, and the residuals of the whole dictionary `[N, d_out]`,
+    /// `x̂ − y`.
+    ///
+    /// # Errors
+    /// If there was no pass, or the device fails.
+    pub fn rest(&self) -> Result<(Vec<f32>, Vec<f32>)> {
+        let work = self.workspace.as_ref().context("there was no forward pass")?;
+        let (d_in, d_out) = (self.about.d_in, self.about.d_out);
+        let inputs = if self.about.pre_bias { &work.input } else { &work.x };
+        let channels = work.channels.read::<f32>(work.n_rows * work.n_channels * d_out)?;
+        let whole = usize::try_from(self.told.whole)? * d_out;
+        let rows = channels.chunks_exact(work.n_channels * d_out);
+        let residuals = rows.flat_map(|row| &row[whole..whole + d_out]).copied().collect();
+        Ok((inputs.read(work.n_rows * d_in)?, residuals))
     }
 
     fn has_skip(&self) -> bool {
