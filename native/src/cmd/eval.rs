@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use shared::Precision;
 use shared::config::Count;
+use shared::tap::TapPoint;
 
 use crate::evaluate::compare::{self, Named};
 use crate::evaluate::layers;
@@ -114,12 +115,18 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// What each autoencoder is called: the last part of its path.
+/// What each autoencoder is called: the last part of its path, with the one before it where that is only a tap.
 fn names(paths: &[PathBuf]) -> Result<Vec<String>> {
     let mut names: Vec<String> = Vec::new();
     for path in paths {
         let last = path.canonicalize().unwrap_or_else(|_| path.clone());
-        let name = last.file_name().map_or_else(|| "sae".to_owned(), |n| n.to_string_lossy().into_owned());
+        let part = |path: Option<&Path>| Some(path?.file_name()?.to_string_lossy().into_owned());
+        let mut name = part(Some(&last)).unwrap_or_else(|| "sae".to_owned());
+        if name.parse::<TapPoint>().is_ok()
+            && let Some(before) = part(last.parent())
+        {
+            name = format!("{before}-{name}");
+        }
         ensure!(
             !names.contains(&name),
             "two autoencoders are called {name}; results are kept by the last part of a path, so those must differ"
@@ -151,6 +158,7 @@ mod tests {
     #[test]
     fn results_are_kept_by_name() {
         let paths = |paths: &[&str]| names(&paths.iter().map(PathBuf::from).collect::<Vec<_>>());
+        assert_eq!(paths(&["single/resid.0", "other/resid.0"]).unwrap(), ["single-resid.0", "other-resid.0"]);
         assert_eq!(paths(&["runs/a", "b/average_l0_71"]).unwrap(), ["a", "average_l0_71"]);
         assert!(paths(&["x/a", "y/a"]).unwrap_err().to_string().contains("called a;"));
     }

@@ -1,6 +1,7 @@
 //! Several evaluations side by side: a table, and how much each family of autoencoders loses at each L0.
 //!
-//! Autoencoders whose names differ only in a number at the end, such as `topk-20` and `topk-40`, are one family: a line in the plot.
+//! Autoencoders whose names differ only in a number or a tap at the end, such as `topk-20` and `topk-40`, are one family: a line in the
+//! plot.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -8,6 +9,7 @@ use std::fmt::Write;
 use anyhow::{Context, Result, ensure};
 use plotters::coord::Shift;
 use plotters::prelude::*;
+use shared::tap::TapPoint;
 
 use super::EvalReport;
 use super::plot::{GRID, INK};
@@ -36,9 +38,15 @@ pub struct Named {
     pub report: EvalReport,
 }
 
-/// The name without the number at its end.
+/// The name without the number, or the tap, at its end.
 #[must_use]
 pub fn family(name: &str) -> &str {
+    if let Some((family, tap)) = name.rsplit_once('-')
+        && !family.is_empty()
+        && tap.parse::<TapPoint>().is_ok()
+    {
+        return family;
+    }
     let stem = name.trim_end_matches(|c: char| c.is_ascii_digit() || c == '.');
     match stem.strip_suffix(['-', '_']) {
         Some(family) if stem.len() < name.len() && !family.is_empty() => family,
@@ -226,6 +234,7 @@ mod tests {
 
     #[test]
     fn families_are_names_without_their_number() {
+        assert_eq!(["single-resid.7", "a-b-mlp.0", "-resid.1"].map(family), ["single", "a-b", "-resid.1"]);
         let names = ["topk-40", "topk_8", "a-0.5", "layer12", "40", "-40", "average_l0_71", "gated"];
         assert_eq!(names.map(family), ["topk", "topk", "a", "layer12", "40", "-40", "average_l0", "gated"]);
     }

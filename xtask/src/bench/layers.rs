@@ -106,15 +106,27 @@ impl Bench<'_> {
     }
 }
 
-/// The autoencoders in `out`, by name.
+/// The autoencoders in `out`, by name, controls of one layer each in a folder of their own.
 fn folders(out: &Path) -> Result<Vec<PathBuf>> {
-    let what = || format!("cannot list {}", out.display());
-    let entries = fs::read_dir(out).with_context(what)?;
-    let mut folders: Vec<PathBuf> =
-        entries.map(|entry| Ok(entry?.path())).collect::<std::io::Result<_>>().with_context(what)?;
-    folders.retain(|folder| folder.join("cfg.json").is_file());
-    folders.sort_unstable();
-    Ok(folders)
+    let list = |folder: &Path| -> Result<Vec<PathBuf>> {
+        let what = || format!("cannot list {}", folder.display());
+        let entries = fs::read_dir(folder).with_context(what)?;
+        let mut folders: Vec<PathBuf> =
+            entries.map(|entry| Ok(entry?.path())).collect::<std::io::Result<_>>().with_context(what)?;
+        folders.retain(|path| path.is_dir());
+        folders.sort_unstable();
+        Ok(folders)
+    };
+    let is_sae = |folder: &PathBuf| folder.join("cfg.json").is_file();
+    let mut found = Vec::new();
+    for folder in list(out)? {
+        if is_sae(&folder) {
+            found.push(folder);
+        } else {
+            found.extend(list(&folder)?.into_iter().filter(is_sae));
+        }
+    }
+    Ok(found)
 }
 
 #[cfg(test)]
@@ -134,12 +146,15 @@ mod tests {
     #[test]
     fn folders_of_autoencoders_are_found_by_name() {
         let out = tempfile::tempdir().unwrap();
-        for name in ["b", "a", "no-autoencoder"] {
-            fs::create_dir(out.path().join(name)).unwrap();
+        for name in ["b", "a", "no-autoencoder", "single/resid.1", "single/resid.0"] {
+            fs::create_dir_all(out.path().join(name)).unwrap();
         }
-        for name in ["a", "b"] {
+        for name in ["a", "b", "single/resid.0", "single/resid.1"] {
             fs::write(out.path().join(name).join("cfg.json"), "{}").unwrap();
         }
-        assert_eq!(folders(out.path()).unwrap(), ["a", "b"].map(|name| out.path().join(name)));
+        assert_eq!(
+            folders(out.path()).unwrap(),
+            ["a", "b", "single/resid.0", "single/resid.1"].map(|name| out.path().join(name))
+        );
     }
 }
