@@ -2,6 +2,7 @@
 //! (`cuda_on_cpu.h`), so that everything above the seam of `native::cuda` is tested without a card.
 #![expect(unsafe_code, reason = "calls into the library made of the kernels, at addresses that it allocated")]
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_void;
 use std::fmt::Write as _;
@@ -13,7 +14,7 @@ use anyhow::{Context, Result, ensure};
 use libloading::Library;
 use native::cuda::{Address, Argument, Device, Kernel, PRELUDE, Product, Shape};
 
-type Entry = unsafe extern "C" fn(u32, u32, *mut *mut c_void);
+type Run = unsafe extern "C" fn(u32, u32, *mut *mut c_void);
 
 /// The device. Its memory is the program's, and is checked to be used within what was allocated.
 #[derive(Debug)]
@@ -178,10 +179,10 @@ impl Device for Emulator {
     fn launch(&self, kernel: Kernel, shape: Shape, blocks: usize, arguments: &[Argument<'_>]) -> Result<()> {
         ensure!(blocks > 0, "{} was launched with no block", kernel.entry());
         let mut libraries = lock(&self.libraries);
-        if !libraries.contains_key(&shape) {
-            let library = self.compile(shape)?;
-            libraries.insert(shape, library);
-        }
+        let library = match libraries.entry(shape) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(entry) => entry.insert(self.compile(shape)?),
+        };
         let name = format!("run_{}", kernel.entry());
         let mut pointers: Vec<*mut c_void> = arguments
             .iter()
@@ -194,7 +195,7 @@ impl Device for Emulator {
             .collect();
         // SAFETY: the function was written by `compile`, with this type; arguments are only read, in the sizes the kernel has.
         unsafe {
-            let entry = libraries[&shape].get::<Entry>(name.as_bytes())?;
+            let entry = library.get::<Run>(name.as_bytes())?;
             entry(u32::try_from(blocks)?, u32::try_from(shape.threads)?, pointers.as_mut_ptr());
         }
         Ok(())
