@@ -293,7 +293,14 @@ fn a_pack_says_what_plain_loops_say() {
         text: "w5 w2 w9 w77 w4".to_owned(),
     };
     let passages = [text("a"), text("b")];
-    let source = Source { file: &file, store: &store, model: &model, passages: &passages, eval: Some(&eval) };
+    let source = Source {
+        file: &file,
+        store: &store,
+        model: &model,
+        passages: &passages,
+        eval: Some(&eval),
+        layers_eval: None,
+    };
     let options = features::Options {
         tokens: (n_sequences * LENGTH) as u64 + 3,
         amounts: Amounts { top: 4, per_quarter: 2, random: 3, before: 4, after: 2 },

@@ -7,6 +7,7 @@ use shared::Precision;
 use shared::config::Count;
 
 use crate::evaluate::EvalReport;
+use crate::evaluate::layers::LayersReport;
 use crate::features::select::Amounts;
 use crate::features::{self, Names, Options, Source, texts};
 use crate::flow::FlowOptions;
@@ -44,7 +45,7 @@ pub(crate) struct Args {
     /// Passages to bundle: TOML with a [[text]] table (id, title, source, text) for each.
     #[arg(long, value_name = "FILE")]
     texts: Option<PathBuf>,
-    /// The eval.json of this autoencoder, to quote in the pack.
+    /// The eval.json of this autoencoder (of a multi-layer one the layers.json), to quote in the pack.
     #[arg(long, value_name = "FILE")]
     eval: Option<PathBuf>,
     /// Folder of the pack; an older pack there is replaced.
@@ -103,13 +104,25 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<()> {
     let stop = StopFlag::from_signals()?;
     let passages = args.texts.as_deref().map(texts::read).transpose()?.unwrap_or_default();
-    let eval = args.eval.as_deref().map(read_eval).transpose()?;
     let file = read_sae(&args.sae).context("cannot read the autoencoder")?;
+    // A multi-layer autoencoder is evaluated at all layers at once.
+    let (one, layers) = match file.metadata.layers {
+        Some(_) => (None, args.eval.as_deref()),
+        None => (args.eval.as_deref(), None),
+    };
+    let eval = one.map(read_json::<EvalReport>).transpose()?;
+    let layers_eval = layers.map(read_json::<LayersReport>).transpose()?;
     let store = Store::open(&args.store).context("cannot open the store")?;
     let precision = args.precision.unwrap_or(store.manifest().model.precision);
     let model = model::load_as(&args.model, precision).context("cannot load the language model")?;
-    let source =
-        Source { file: &file, store: &store, model: &model, passages: &passages, eval: eval.as_ref() };
+    let source = Source {
+        file: &file,
+        store: &store,
+        model: &model,
+        passages: &passages,
+        eval: eval.as_ref(),
+        layers_eval: layers_eval.as_ref(),
+    };
     let names = Names { name: args.name.clone(), title: args.title.clone(), corpus: args.corpus.clone() };
     features::collect(&source, &args.options(), &names, &args.out, &stop)?;
     tracing::info!("pack written to {}", args.out.display());
@@ -140,7 +153,7 @@ fn read_sae(path: &Path) -> Result<SaeFile> {
     if names_a_layer { sae_files::read(path) } else { sae_files::read_whole(path) }
 }
 
-fn read_eval(path: &Path) -> Result<EvalReport> {
+fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
     let context = || format!("cannot read the evaluation {}", path.display());
     let bytes = std::fs::read(path).with_context(context)?;
     serde_json::from_slice(&bytes).with_context(context)

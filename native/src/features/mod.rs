@@ -22,6 +22,7 @@ use shared::pack::{self, Decoder, Encoder, Index};
 use shared::tap::{Site, TapPoint};
 
 use crate::cpu::CpuBackend;
+use crate::evaluate::layers::LayersReport;
 use crate::evaluate::{self, ENCODE_ROWS, EvalReport};
 use crate::flow::{self, FlowOptions};
 use crate::input_limit::InputLimit;
@@ -75,6 +76,8 @@ pub struct Source<'a> {
     pub passages: &'a [Passage],
     /// An evaluation to quote.
     pub eval: Option<&'a EvalReport>,
+    /// An evaluation of all layers to quote, of a multi-layer autoencoder.
+    pub layers_eval: Option<&'a LayersReport>,
 }
 
 /// Names for people; what is absent is made from the data.

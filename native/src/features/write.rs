@@ -136,6 +136,10 @@ pub(crate) fn manifest(
     let dims = sae.dims();
     // A harvest opens files until it has enough tokens; those it took nothing from are not the corpus.
     let text: Vec<_> = store.text.iter().filter(|file| file.documents > 0).collect();
+    let evaluation = match source.layers_eval {
+        Some(layers) => serde_json::json!(layers),
+        None => serde_json::json!(source.eval),
+    };
     let provenance = serde_json::json!({
         "writer": concat!("stratascope ", env!("CARGO_PKG_VERSION")),
         "model": model,
@@ -143,7 +147,7 @@ pub(crate) fn manifest(
         "text": text,
         "dropped": store.dropped,
         "options": options,
-        "evaluation": source.eval,
+        "evaluation": evaluation,
     });
     let place = match &flow {
         Some(flow) => format!("{} of {} layers", point.site, flow.layers.len()),
@@ -180,7 +184,7 @@ pub(crate) fn manifest(
             n_tokens,
             sequence_length: store.sequence_length,
         },
-        metrics: source.eval.map(super::EvalReport::metrics),
+        metrics: source.eval.map(super::EvalReport::metrics).or(source.layers_eval.map(crate::flow::metrics)),
         latents_per_shard: options.latents_per_shard,
         n_shards,
         flow,

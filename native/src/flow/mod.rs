@@ -18,10 +18,12 @@ use serde::{Deserialize, Serialize};
 use shared::layer_thresholds::{self, Thinner};
 use shared::metrics::Density;
 use shared::multi_layer::{Layer, MultiLayer};
+use shared::pack::Metrics;
 use shared::pack::flow::{self as section, FlowEntry, FlowInfo, FlowLatents, FlowThresholds};
 use shared::{Codes, Rows, Sae};
 
 use crate::cpu::CpuBackend;
+use crate::evaluate::layers::{LayerReport, LayersReport};
 use crate::features::write::{PackWriter, manifest};
 use crate::features::{self, HISTOGRAM, Names, Options, Source, summarise_all};
 use crate::progress;
@@ -147,13 +149,37 @@ pub fn collect(
     writer.finish(manifest(source, options, names, (first, Some(info)), n_tokens, n_shards, histogram)?)
 }
 
+/// The figures of an evaluation that a pack shows: means over the layers; what is dead is never active at any.
+pub(crate) fn metrics(report: &LayersReport) -> Metrics {
+    let mean = |value: fn(&LayerReport) -> Option<f64>| {
+        let values: Vec<f64> = report.layers.iter().filter_map(value).collect();
+        #[expect(clippy::cast_precision_loss, reason = "a few hundred layers")]
+        let mean = values.iter().sum::<f64>() / values.len() as f64;
+        (values.len() == report.layers.len() && !values.is_empty()).then_some(mean)
+    };
+    Metrics {
+        l0: mean(|layer| Some(layer.l0)),
+        fvu: mean(|layer| layer.fvu),
+        delta_loss: mean(|layer| layer.splice.as_ref().map(|splice| splice.delta_loss)),
+        dead_share: Some(report.spread.dead_share),
+        ..Metrics::default()
+    }
+}
+
 /// That dictionary, store and model belong together at every layer.
 fn check(source: &Source<'_>, layers: &MultiLayer) -> Result<()> {
     ensure!(!layers.layers.is_empty(), "the autoencoder names no layers");
     let dims = source.file.sae.dims();
     ensure!(dims.d_in == dims.d_out, "a transcoder of several layers has no flow");
     if source.eval.is_some() {
-        bail!("the evaluation of one layer says nothing about a multi-layer autoencoder; leave --eval out");
+        bail!("the evaluation of one layer says nothing about all of them; use that of eval --layers");
+    }
+    if let Some(eval) = source.layers_eval {
+        let same = eval.layers.iter().map(|layer| layer.tap).eq(layers.layers.iter().map(|layer| layer.tap));
+        ensure!(
+            same && eval.n_latents == dims.n_latents,
+            "the evaluation is of other layers or another width"
+        );
     }
     for layer in &layers.layers {
         let width = source.store.tap(layer.tap)?.width;

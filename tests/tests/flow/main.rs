@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::path::Path;
 
-use native::features::{self, Names};
+use native::features::{self, Names, Source};
 use native::stop::StopFlag;
 use shared::layer_thresholds::Thinner;
 use shared::lm::{TokenBatch, Until};
@@ -36,6 +36,11 @@ fn every_number_is_that_of_plain_loops() {
         let flow = flow(&out);
         let info = flow.manifest.flow.as_ref().unwrap();
         assert_eq!(info.n_described, DESCRIBED);
+        let (metrics, report) = (flow.manifest.metrics.as_ref().unwrap(), &world.report);
+        let mean = report.layers.iter().map(|layer| layer.l0).sum::<f64>() / TAPS.len() as f64;
+        close(metrics.l0.unwrap() as f32, mean, "L0 of the evaluation");
+        assert!(metrics.fvu.is_some() && metrics.delta_loss.is_none());
+        assert_eq!(flow.manifest.provenance["evaluation"]["layers"].as_array().unwrap().len(), TAPS.len());
         for (found, wanted) in info.layers.iter().zip(world.layers()) {
             // JSON may lose the last bit.
             assert!(found.tap == wanted.tap && (found.scale / wanted.scale - 1.0).abs() < 1e-14);
@@ -328,12 +333,21 @@ fn a_stopped_or_misfit_flow_leaves_nothing() {
     stop.raise();
     assert!(features::collect(&world.source(), &world.options, &Names::default(), &out, &stop).is_err());
     let go = StopFlag::default();
-    world.file.metadata.layers.as_mut().unwrap().layers[1].tap = "mlp.0".parse().unwrap();
+    world.report.layers.swap(0, 1);
     let error = features::collect(&world.source(), &world.options, &Names::default(), &out, &go)
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("other layers"), "{error}");
+    world.file.metadata.layers.as_mut().unwrap().layers[1].tap = "mlp.0".parse().unwrap();
+    let error = features::collect(&unmeasured(&world), &world.options, &Names::default(), &out, &go)
         .unwrap_err()
         .to_string();
     assert!(error.contains("mlp.0"), "{error}");
     world.file.metadata.layers.as_mut().unwrap().layers.clear();
-    assert!(features::collect(&world.source(), &world.options, &Names::default(), &out, &go).is_err());
+    assert!(features::collect(&unmeasured(&world), &world.options, &Names::default(), &out, &go).is_err());
     assert!(!out.exists());
+}
+
+fn unmeasured(world: &World) -> Source<'_> {
+    Source { layers_eval: None, ..world.source() }
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use native::evaluate::{self, layers, layers::LayersReport};
 use native::features::select::Amounts;
 use native::features::texts::Passage;
 use native::features::{self, Names, Options, Source};
@@ -58,6 +59,7 @@ pub(crate) struct World {
     pub(crate) file: SaeFile,
     pub(crate) passages: Vec<Passage>,
     pub(crate) options: Options,
+    pub(crate) report: LayersReport,
 }
 
 /// A store of three layers, a random dictionary for them, and two texts.
@@ -82,7 +84,7 @@ pub(crate) fn world(rows: RowScaling, own_thresholds: bool) -> World {
         let limit = (i == 1).then(|| sorted[sorted.len() * 3 / 4]);
         Layer { tap, scale: if rows.is_none() { scale } else { 1.0 }, max_input_norm: limit }
     };
-    let layers = TAPS.into_iter().enumerate().map(layer).collect();
+    let taps = TAPS.into_iter().enumerate().map(layer).collect();
     let sae = sae(d, rows);
     // Each layer scales the thresholds of the weights by its own factor, up and down.
     let own = |layer: usize| (0..N).map(move |i| [0.8, 1.0, 1.3][(layer + i) % 3]);
@@ -90,8 +92,7 @@ pub(crate) fn world(rows: RowScaling, own_thresholds: bool) -> World {
     let scaled =
         (0..TAPS.len()).flat_map(|layer| threshold.iter().zip(own(layer)).map(|(theta, by)| theta * by));
     let thresholds = if own_thresholds { scaled.collect() } else { Vec::new() };
-    let metadata =
-        SaeMetadata { layers: Some(MultiLayer::new(layers, thresholds)), ..SaeMetadata::default() };
+    let metadata = SaeMetadata { layers: Some(MultiLayer::new(taps, thresholds)), ..SaeMetadata::default() };
     let passage = |id: &str, from: usize| Passage {
         id: id.to_owned(),
         title: id.to_uppercase(),
@@ -107,7 +108,10 @@ pub(crate) fn world(rows: RowScaling, own_thresholds: bool) -> World {
         seed: 1,
         flow: FlowOptions { texts: 2, latents: DESCRIBED, effects: EFFECTS },
     };
-    World { folder, file: SaeFile { sae, metadata }, model, store, passages, options }
+    let file = SaeFile { sae, metadata };
+    let asked = evaluate::Options { sequences: 2, density_tokens: 0 };
+    let report = layers::evaluate(&file, &store, None, &asked, &StopFlag::default()).unwrap().report;
+    World { folder, file, model, store, passages, options, report }
 }
 
 impl World {
@@ -118,6 +122,7 @@ impl World {
             model: &self.model,
             passages: &self.passages,
             eval: None,
+            layers_eval: Some(&self.report),
         }
     }
 
