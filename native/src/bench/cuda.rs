@@ -10,7 +10,7 @@ use serde::Serialize;
 use shared::Rows;
 use shared::loss::{Objective, Parametrisation, Sparsity};
 
-use crate::cuda::{Buffer, CudaTrainer, Device, MatrixAt, Product, ProductPrecision};
+use crate::cuda::{Buffer, CudaTrainer, Device, MatrixAt, Product, ProductPrecision, Resident};
 use crate::train::{Betas, Latents, Moments, Params, Settings, Tensors};
 
 /// Draws that say where a threshold lies.
@@ -167,7 +167,7 @@ impl CudaBench {
         let (mut l0, mut touched) = (0.0, 0);
         for step in 0..steps + 2 {
             let started = Instant::now();
-            let forward = trainer.forward(rows, rows, &objective)?;
+            let forward = trainer.forward(&Resident::of(&self.device, rows, rows)?, &objective)?;
             let after_forward = started.elapsed().as_secs_f64();
             trainer.update(&forward, &settings)?;
             self.device.wait()?;

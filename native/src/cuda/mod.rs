@@ -5,6 +5,7 @@
 //! the sources and what they are compiled for, [`step`] the structure that tells a kernel everything, [`geometry`] the sizes of
 //! launches and buffers.
 
+pub mod batch;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub mod card;
 pub mod choice;
@@ -18,6 +19,7 @@ pub mod nvrtc;
 pub mod step;
 pub mod trainer;
 
+pub use batch::Resident;
 pub use choice::Choice;
 pub use device::{Argument, Buffer, Device, MatrixAt, Product, ProductPrecision};
 pub use kernels::{Kernel, PRELUDE, Shape};

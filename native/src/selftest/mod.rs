@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use shared::Rows;
 use shared::loss::{Latents as Reference, Losses, Objective};
 
-use crate::cuda::{CudaForward, CudaTrainer};
+use crate::cuda::{CudaForward, CudaTrainer, Resident};
 use crate::train::{Forward, Params, Settings, Trainer};
 use cases::{Case, D, N_LATENTS, N_ROWS, Noise};
 use textbook::{Textbook, drift};
@@ -88,7 +88,8 @@ impl Learner for OnDevice {
         y: Rows<'_>,
         objective: &Objective,
     ) -> Result<(Losses, Vec<u32>, usize)> {
-        let forward = self.0.forward(x, y, objective)?;
+        let batch = Resident::of(self.0.device(), x, y)?;
+        let forward = self.0.forward(&batch, objective)?;
         let seen = (forward.losses, forward.fired.clone(), forward.n_active);
         self.1 = Some(forward);
         Ok(seen)

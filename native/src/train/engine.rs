@@ -3,6 +3,7 @@
 //! The host's parameters and moments are what is saved, released and resampled. While a card trains, they are those of the last time
 //! that the card was asked ([`Engine::fetch`]).
 
+use std::cell::OnceCell;
 use std::sync::Arc;
 
 use anyhow::Result;
@@ -10,12 +11,36 @@ use shared::Rows;
 use shared::loss::{Losses, Objective};
 
 use super::forward::Forward;
+use super::order::Pairs;
 use super::resample::Rest;
 use super::step::{Settings, Trainer};
-use crate::cuda::{CudaForward, CudaTrainer, Device, ProductPrecision};
+use crate::cuda::{CudaForward, CudaTrainer, Device, ProductPrecision, Resident};
 
 /// A device that several runs may share.
 pub type SharedDevice = Arc<dyn Device + Send + Sync>;
+
+/// A batch, and where it lies on a device once a run has asked for that.
+#[derive(Debug)]
+pub(super) struct Batch<'a> {
+    pub(super) pairs: &'a Pairs,
+    resident: OnceCell<Arc<Resident>>,
+}
+
+impl<'a> Batch<'a> {
+    /// A batch on the host.
+    pub(super) fn new(pairs: &'a Pairs) -> Self {
+        Self { pairs, resident: OnceCell::new() }
+    }
+
+    /// The batch on `device`: uploaded by the first who asks.
+    fn on(&self, device: &SharedDevice, (x, y): (Rows<'_>, Rows<'_>)) -> Result<&Arc<Resident>> {
+        if let Some(resident) = self.resident.get() {
+            return Ok(resident);
+        }
+        let resident = Resident::of(device, x, y)?;
+        Ok(self.resident.get_or_init(|| resident))
+    }
+}
 
 /// Takes steps.
 #[derive(Debug)]
@@ -46,6 +71,7 @@ impl Engine {
     pub(super) fn forward(
         &mut self,
         trainer: &Trainer,
+        batch: &Batch<'_>,
         (x, y): (Rows<'_>, Rows<'_>),
         objective: &Objective,
         powers: [f64; 2],
@@ -54,7 +80,8 @@ impl Engine {
             Self::Processor => Ok(Pass::Processor(Box::new(trainer.forward(x, y, objective)?))),
             Self::Device(device) => {
                 device.powers = powers;
-                Ok(Pass::Device(device.forward(x, y, objective)?))
+                let resident = batch.on(device.device(), (x, y))?;
+                Ok(Pass::Device(device.forward(resident, objective)?))
             }
         }
     }

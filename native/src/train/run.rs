@@ -15,7 +15,7 @@ use shared::loss::{AuxForm, AuxK, DeadPull, Examples, MultiTopK, Objective, Pref
 use shared::metrics::Dead;
 
 use super::checkpoint::{self, State};
-use super::engine::{Engine, Pass, SharedDevice};
+use super::engine::{Batch, Engine, Pass, SharedDevice};
 use super::guard::{Guard, Verdict};
 use super::init;
 use super::interval::Interval;
@@ -148,16 +148,17 @@ impl<'a> Run<'a> {
     }
 
     /// Learns from a batch, after which the stream stands at `position` and has been waited for `waited`.
-    pub(super) fn step(&mut self, batch: &Pairs, position: Position, waited: Duration) -> Result<()> {
+    pub(super) fn step(&mut self, batch: &Batch<'_>, position: Position, waited: Duration) -> Result<()> {
         let started = Instant::now();
         let (config, step) = (self.config, self.state.trainer.step);
-        let objective = self.objective(batch);
+        let pairs = batch.pairs;
+        let objective = self.objective(pairs);
         let [lr, own_lr] = rates(config, step);
         let settings = Settings { lr, own_lr, betas: betas(config), objective: &objective };
         let [d_in, d_out] = self.wiring.widths(&**self.source);
-        let (x, y) = (Rows::new(&batch.x, d_in)?, Rows::new(batch.targets(), d_out)?);
+        let (x, y) = (Rows::new(&pairs.x, d_in)?, Rows::new(pairs.targets(), d_out)?);
         let powers = self.state.pressure.powers(config);
-        let pass = self.engine.forward(&self.state.trainer, (x, y), &objective, powers)?;
+        let pass = self.engine.forward(&self.state.trainer, batch, (x, y), &objective, powers)?;
         self.state.position = position;
         match self.state.guard.accept(&pass.losses())? {
             Verdict::Learn => {

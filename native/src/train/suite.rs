@@ -15,7 +15,7 @@ use indicatif::ProgressBar;
 use shared::config::train::{Normalise, TrainConfig};
 
 use super::checkpoint;
-use super::engine::SharedDevice;
+use super::engine::{Batch, SharedDevice};
 use super::finish::{Summary, finished};
 use super::normalise::Scaling;
 use super::order::{Batches, Pairs, Position, Shards};
@@ -187,10 +187,10 @@ impl Suite<'_> {
                 return Err(error);
             }
             let (after, waited) = (stream.batches.position(), shards.waited());
-            let jobs = self.jobs;
+            let (jobs, batch) = (self.jobs, Batch::new(&pairs));
             self.each(|member| {
                 let ready = member.run.position() == before && stream.serves(member, jobs);
-                if ready { member.run.step(&pairs, after, waited) } else { Ok(()) }
+                if ready { member.run.step(&batch, after, waited) } else { Ok(()) }
             });
             self.show(&bar, &streams);
             let minutes =

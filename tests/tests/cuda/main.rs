@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use emulator::Emulator;
 use native::bench::{CudaBench, CudaStep};
-use native::cuda::{CudaTrainer, Device, ProductPrecision, Shape, Step};
+use native::cuda::{CudaTrainer, Device, ProductPrecision, Resident, Shape, Step};
 use native::selftest::cases::{Case, D, N_LATENTS, N_ROWS, Noise, cases};
 use native::selftest::impostor::{Impostor, MISTAKES};
 use native::selftest::{OnDevice, OnProcessor, judge};
@@ -79,11 +79,12 @@ fn a_device_goes_on_where_it_was_with_any_batch() {
     for rows in [3, N_ROWS, 20] {
         let x = noise.vector(rows * D, 0.35);
         let x = Rows::new(&x, D).unwrap();
-        let forward = whole.forward(x, x, &objective).unwrap();
+        let batch = Resident::of(&emulator, x, x).unwrap();
+        let forward = whole.forward(&batch, &objective).unwrap();
         assert!(forward.n_active > rows * (N_LATENTS - 20), "{} of {rows} rows", forward.n_active);
         whole.update(&forward, &settings).unwrap();
         assert!(whole.update(&forward, &settings).is_err(), "the same pass cannot be learned from twice");
-        let forward = parted.forward(x, x, &objective).unwrap();
+        let forward = parted.forward(&batch, &objective).unwrap();
         parted.update(&forward, &settings).unwrap();
         let (params, moments) = parted.download().unwrap();
         parted = CudaTrainer::new(emulator.clone(), &params, &moments, parted.step, f32).unwrap();
@@ -91,7 +92,7 @@ fn a_device_goes_on_where_it_was_with_any_batch() {
     assert!(whole.download().unwrap() == parted.download().unwrap(), "not the same bits");
     let wrong = vec![0.0; 2 * (D + 1)];
     let wrong = Rows::new(&wrong, D + 1).unwrap();
-    assert!(whole.forward(wrong, wrong, &objective).is_err());
+    assert!(whole.forward(&Resident::of(&emulator, wrong, wrong).unwrap(), &objective).is_err());
 }
 
 /// The bench of a card, at a size that the processor can run: what it prints has the shape of the table.

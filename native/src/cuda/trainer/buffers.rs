@@ -53,8 +53,6 @@ pub(super) struct Workspace {
     pub(super) capacity: usize,
     pub(super) dead_capacity: usize,
     pub(super) n_entries: usize,
-    pub(super) x: Buffer,
-    pub(super) y: Buffer,
     pub(super) input: Buffer,
     pub(super) base: Buffer,
     pub(super) products: Buffer,
@@ -129,8 +127,6 @@ impl CudaTrainer {
         let counts = |n: usize| Buffer::new::<u32>(device, n);
         let skip = if self.has_skip() { n_rows * d_out } else { 0 };
         Ok(Workspace {
-            x: floats(n_rows * d_in)?,
-            y: floats(n_rows * d_out)?,
             input: floats(if self.about.pre_bias { n_rows * d_in } else { 0 })?,
             base: floats(skip)?,
             products: floats(n_rows * geometry::latents_at_once(n_rows, n))?,

@@ -2,6 +2,7 @@
 
 use shared::loss::{AuxForm, Objective, Parametrisation, Sparsity};
 
+use super::super::batch::Resident;
 use super::super::device::Buffer;
 use super::super::step::Step;
 use super::buffers::{Arrays, Workspace};
@@ -10,7 +11,7 @@ use crate::train::{Latents, Params};
 
 impl CudaTrainer {
     /// Everything a kernel is told in a forward pass.
-    pub(super) fn describe(&self, work: &Workspace, objective: &Objective) -> Step {
+    pub(super) fn describe(&self, work: &Workspace, batch: &Resident, objective: &Objective) -> Step {
         let (params, second, fixed) = (&self.params, &self.second, &self.fixed);
         let first = |of: fn(&Arrays) -> &Buffer| self.first.as_ref().map_or(0, |first| of(first).at());
         let layout = channels(&self.about, objective);
@@ -31,9 +32,9 @@ impl CudaTrainer {
         };
         let present = |present: bool, buffer: &Buffer| if present { buffer.at() } else { 0 };
         Step {
-            x: work.x.at(),
-            y: work.y.at(),
-            input: if self.about.pre_bias { work.input.at() } else { work.x.at() },
+            x: batch.x(),
+            y: batch.y(),
+            input: if self.about.pre_bias { work.input.at() } else { batch.x() },
             base: present(self.has_skip(), &work.base),
             w_enc: params.w_enc.at(),
             b_enc: params.b_enc.at(),

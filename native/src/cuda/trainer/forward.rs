@@ -1,9 +1,11 @@
 //! The forward half of a step on a device: what is active, what it decodes to, the losses.
 
+use std::sync::Arc;
+
 use anyhow::{Result, ensure};
-use shared::Rows;
 use shared::loss::{Levels, Losses, Objective};
 
+use super::super::batch::Resident;
 use super::super::device::{Argument, Buffer, MatrixAt, Product};
 use super::super::geometry;
 use super::super::kernels::Kernel;
@@ -14,26 +16,24 @@ use super::{CudaForward, CudaTrainer};
 use crate::train::Latents;
 
 impl CudaTrainer {
-    /// Forward pass over normalised rows `x [N, d_in]` with targets `y [N, d_out]`.
+    /// Forward pass over a batch of normalised rows `[N, d_in]` with targets `[N, d_out]`; keeps the batch until the next.
     ///
     /// # Errors
-    /// If rows do not have the right widths, there are none, or the device fails.
-    pub fn forward(&mut self, x: Rows<'_>, y: Rows<'_>, objective: &Objective) -> Result<CudaForward> {
-        x.expect_width("x", self.about.d_in)?;
-        y.expect_width("y", self.about.d_out)?;
-        let n_rows = x.n_rows();
+    /// If rows do not have the right widths, or the device fails.
+    pub fn forward(&mut self, batch: &Arc<Resident>, objective: &Objective) -> Result<CudaForward> {
+        let (n_rows, wanted) = (batch.n_rows(), [self.about.d_in, self.about.d_out]);
         ensure!(
-            n_rows > 0 && n_rows < 1 << 30 && y.n_rows() == n_rows,
-            "a training step needs as many targets as rows, and at least one"
+            batch.widths() == wanted,
+            "rows and targets are {:?} wide, and should be {wanted:?}",
+            batch.widths()
         );
+        self.batch = Some(Arc::clone(batch));
         objective.examples.check(n_rows, self.about.n_layers())?;
         self.write_objective(objective)?;
         loop {
             let mut work = self.workspace(n_rows, objective)?;
-            work.x.write(x.data())?;
-            work.y.write(y.data())?;
             self.write_examples(&work, objective)?;
-            self.told = self.describe(&work, objective);
+            self.told = self.describe(&work, batch, objective);
             let found = self.pass(&mut work, objective);
             self.workspace = Some(work);
             if let Some(forward) = found? {
@@ -111,7 +111,7 @@ impl CudaTrainer {
                 m: n_rows,
                 n: d_out,
                 k: d_in,
-                a: MatrixAt { at: work.x.at(), leading: d_in, transposed: false },
+                a: MatrixAt { at: self.told.x, leading: d_in, transposed: false },
                 b: MatrixAt { at: self.params.w_skip.at(), leading: d_in, transposed: true },
                 c: MatrixAt { at: work.base.at(), leading: d_out, transposed: false },
                 precision: self.precision,

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, ensure};
 use shared::loss::{Levels, Losses};
 
+use super::batch::Resident;
 use super::device::{Argument, Buffer, Device, ProductPrecision};
 use super::geometry;
 use super::kernels::{Kernel, Shape};
@@ -66,6 +67,8 @@ pub struct CudaTrainer {
     own_step: Buffer,
     fixed: Fixed,
     workspace: Option<Workspace>,
+    /// What the last forward pass read.
+    batch: Option<Arc<Resident>>,
     capacity: usize,
     precision: ProductPrecision,
     /// What the kernels of the last forward pass were told.
@@ -138,6 +141,7 @@ impl CudaTrainer {
             own_step: steps(&moments.own_step)?,
             capacity: geometry::first_capacity(n),
             workspace: None,
+            batch: None,
             told: Step::default(),
             powers: [1.0, 1.0],
             skip: !params.tensors.w_skip.is_empty(),
@@ -186,14 +190,21 @@ impl CudaTrainer {
     /// # Errors
     /// If there was no pass, or the device fails.
     pub fn rest(&self) -> Result<(Vec<f32>, Vec<f32>)> {
-        let work = self.workspace.as_ref().context("there was no forward pass")?;
+        let pass = self.workspace.as_ref().zip(self.batch.as_ref());
+        let (work, batch) = pass.context("there was no forward pass")?;
         let (d_in, d_out) = (self.about.d_in, self.about.d_out);
-        let inputs = if self.about.pre_bias { &work.input } else { &work.x };
+        let inputs = if self.about.pre_bias { work.input.read(work.n_rows * d_in)? } else { batch.rows()? };
         let channels = work.channels.read::<f32>(work.n_rows * work.n_channels * d_out)?;
         let whole = usize::try_from(self.told.whole)? * d_out;
         let rows = channels.chunks_exact(work.n_channels * d_out);
         let residuals = rows.flat_map(|row| &row[whole..whole + d_out]).copied().collect();
-        Ok((inputs.read(work.n_rows * d_in)?, residuals))
+        Ok((inputs, residuals))
+    }
+
+    /// The device it is on.
+    #[must_use]
+    pub fn device(&self) -> &Arc<dyn Device + Send + Sync> {
+        &self.device
     }
 
     fn has_skip(&self) -> bool {

@@ -91,7 +91,7 @@ impl CudaTrainer {
             n: d_in,
             k: work.n_rows,
             a: MatrixAt { at: work.residuals.at(), leading: d_out, transposed: true },
-            b: MatrixAt { at: work.x.at(), leading: d_in, transposed: false },
+            b: MatrixAt { at: self.told.x, leading: d_in, transposed: false },
             c: MatrixAt { at: self.fixed.g_skip.at(), leading: d_in, transposed: false },
             precision: self.precision,
         })
