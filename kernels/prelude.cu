@@ -3,6 +3,7 @@
 // of 32), and mirrors `Step` in native/src/cuda/step.rs.
 
 typedef unsigned char u8;
+typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 

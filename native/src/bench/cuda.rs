@@ -8,9 +8,10 @@ use anyhow::{Result, ensure};
 use rayon::prelude::*;
 use serde::Serialize;
 use shared::Rows;
+use shared::config::train::Products;
 use shared::loss::{Objective, Parametrisation, Sparsity};
 
-use crate::cuda::{Buffer, CudaTrainer, Device, MatrixAt, Product, ProductPrecision, Resident};
+use crate::cuda::{Buffer, CudaTrainer, Device, Factors, MatrixAt, Product, Resident};
 use crate::train::{Betas, Latents, Moments, Params, Settings, Tensors};
 
 /// Draws that say where a threshold lies.
@@ -30,7 +31,7 @@ type Shared = Arc<dyn Device + Send + Sync>;
 #[derive(Debug)]
 pub struct CudaBench {
     device: Shared,
-    precision: ProductPrecision,
+    products: Products,
 }
 
 /// What a device can do at best.
@@ -92,10 +93,10 @@ impl fmt::Display for CudaStep {
 }
 
 impl CudaBench {
-    /// Times `device`, whose products are computed with `precision`.
+    /// Times `device`, whose products are computed as `products` says.
     #[must_use]
-    pub fn new(device: Shared, precision: ProductPrecision) -> Self {
-        Self { device, precision }
+    pub fn new(device: Shared, products: Products) -> Self {
+        Self { device, products }
     }
 
     /// The speed of copies of `floats` values, and of a product of `n_rows` rows of width `d`.
@@ -116,7 +117,12 @@ impl CudaBench {
             a: at(&a, d, false),
             b: at(&b, d, true),
             c: at(&c, COLUMNS, false),
-            precision: self.precision,
+            factors: match self.products {
+                Products::F32 => Factors::F32,
+                Products::Tf32 => Factors::Tf32,
+                Products::Bf16 | Products::Bf16x3 => Factors::Bf16,
+            },
+            adds: false,
         };
         let multiply = self.time(|| self.device.product(&product))?;
         Ok(CudaPeaks {
@@ -155,7 +161,7 @@ impl CudaBench {
         let before = self.device.memory()?.0;
         let params = made_up(d, n, l0);
         let moments = Moments::new(&params, false);
-        let mut trainer = CudaTrainer::new(Arc::clone(&self.device), &params, &moments, 0, self.precision)?;
+        let mut trainer = CudaTrainer::new(Arc::clone(&self.device), &params, &moments, 0, self.products)?;
         drop((params, moments));
         let mut batch = vec![0.0f32; n_rows * d];
         fill(&mut batch, d, 1);

@@ -9,10 +9,9 @@ use anyhow::{Context, Result, bail};
 use clap::Subcommand;
 use shared::Precision;
 use shared::config::Count;
-use shared::config::train::EncoderPrecision;
+use shared::config::train::{EncoderPrecision, Products};
 
 use crate::bench::{CudaBench, HarvestBench, MlsaeStepBench, Shape, TrainStepBench, compare};
-use crate::cuda::ProductPrecision;
 
 /// Arguments of `bench`.
 #[derive(Debug, clap::Args)]
@@ -67,9 +66,9 @@ struct CudaArgs {
     /// Steps timed of each, after two that are not.
     #[arg(long, value_name = "N", default_value_t = 10)]
     steps: usize,
-    /// Products with all 24 bits instead of through TF32.
-    #[arg(long)]
-    f32: bool,
+    /// How products are computed: tf32, f32, bf16 or bf16x3.
+    #[arg(long, value_name = "HOW", default_value = "tf32", value_parser = products)]
+    products: Products,
 }
 
 #[derive(Debug, clap::Args)]
@@ -158,18 +157,23 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
 }
 
+fn products(text: &str) -> Result<Products, String> {
+    let word = toml::Value::String(text.to_owned());
+    word.try_into().map_err(|_| format!("`{text}` is none of tf32, f32, bf16 and bf16x3"))
+}
+
 fn cuda(args: &CudaArgs) -> Result<()> {
-    let precision = if args.f32 { ProductPrecision::F32 } else { ProductPrecision::Tf32 };
     let device = crate::cuda::open(args.device)?
         .context("the processor has no kernels; name a card, such as cuda:0")?;
-    let bench = CudaBench::new(device, precision);
+    let bench = CudaBench::new(device, args.products);
     let peaks = bench.peaks(args.d, args.batch, 1 << 28)?;
     writeln!(
         io::stdout(),
-        "{}: copies {:.0} GB/s, products {:.0} TFLOP/s ({precision:?}, {} x {} x 8192)\n{}",
+        "{}: copies {:.0} GB/s, products {:.0} TFLOP/s ({:?}, {} x {} x 8192)\n{}",
         peaks.device,
         peaks.bandwidth / 1e9,
         peaks.flops / 1e12,
+        args.products,
         args.batch,
         args.d,
         crate::bench::CudaStep::HEAD

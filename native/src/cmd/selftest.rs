@@ -4,8 +4,9 @@ use std::io::Write;
 use std::sync::Arc;
 
 use anyhow::{Result, bail};
+use shared::config::train::Products;
 
-use crate::cuda::{self, CudaTrainer, Device, ProductPrecision};
+use crate::cuda::{self, CudaTrainer, Device};
 use crate::selftest::cases::{Case, cases};
 use crate::selftest::impostor::{Impostor, MISTAKES};
 use crate::selftest::{OnDevice, OnProcessor, STEPS, Verdict, judge};
@@ -51,7 +52,7 @@ fn on_card(card: &Arc<dyn Device + Send + Sync>) -> Result<usize> {
     let run = |device: Arc<dyn Device + Send + Sync>, case: &Case| {
         let first = case.start();
         let moments = Moments::new(&first, case.momentum > 0.0);
-        let trainer = CudaTrainer::new(device, &first, &moments, 0, ProductPrecision::F32)?;
+        let trainer = CudaTrainer::new(device, &first, &moments, 0, Products::F32)?;
         judge(case, &mut OnDevice(trainer, None), STEPS)
     };
     let cases = cases();

@@ -16,7 +16,7 @@ use anyhow::{Context, Result, ensure};
 use cudarc::cublaslt::{result as lt, sys as lt_sys};
 use cudarc::driver::{result as driver, sys};
 
-use super::device::{Argument, Device, MatrixAt, Product, ProductPrecision};
+use super::device::{Argument, Device, Factors, MatrixAt, Product};
 use super::found::CardInfo;
 use super::kernels::{Kernel, Shape};
 use super::libraries::Libraries;
@@ -43,7 +43,7 @@ pub struct Card {
 }
 
 /// What decides how a product is best computed.
-type Key = (usize, usize, usize, [(usize, bool); 3], ProductPrecision);
+type Key = (usize, usize, usize, [(usize, bool); 3], Factors);
 
 // SAFETY: the handles are used by one call at a time on one stream, and every call makes the context current on its own thread first;
 // the maps are behind locks.
@@ -267,21 +267,25 @@ impl Device for Card {
 
     fn product(&self, product: &Product) -> Result<()> {
         self.enter()?;
-        let Product { m, n, k, a, b, c, precision } = *product;
+        let Product { m, n, k, a, b, c, factors, adds } = *product;
         // The library thinks in columns: there, the result is transposed, and so are both factors and their order.
-        let description = Description::new(precision, b.transposed, a.transposed)?;
+        let description = Description::new(factors, b.transposed, a.transposed)?;
         let shape = |at: MatrixAt, rows: usize, columns: usize| {
             if at.transposed { (rows, columns, at.leading) } else { (columns, rows, at.leading) }
         };
-        let layouts =
-            [Layout::new(shape(b, k, n))?, Layout::new(shape(a, m, k))?, Layout::new((n, m, c.leading))?];
+        let (read, written) = (kind(factors), lt_sys::cudaDataType::CUDA_R_32F);
+        let layouts = [
+            Layout::new(read, shape(b, k, n))?,
+            Layout::new(read, shape(a, m, k))?,
+            Layout::new(written, (n, m, c.leading))?,
+        ];
         let [left, right, out] = [layouts[0].0, layouts[1].0, layouts[2].0];
         let key = (
             m,
             n,
             k,
             [(a.leading, a.transposed), (b.leading, b.transposed), (c.leading, c.transposed)],
-            precision,
+            factors,
         );
         let known = lock(&self.algorithms).get(&key).copied();
         let algorithm = match known {
@@ -305,7 +309,7 @@ impl Device for Card {
                 found.algo
             }
         };
-        let (one, zero) = (1.0f32, 0.0f32);
+        let (one, kept) = (1.0f32, if adds { 1.0f32 } else { 0.0 });
         // SAFETY: descriptions live until the end of this function, the matrices are of these shapes by the caller, and the workspace is
         // as large as the preference said.
         let done = unsafe {
@@ -313,7 +317,7 @@ impl Device for Card {
                 self.handle,
                 description.0,
                 from_ref(&one).cast(),
-                from_ref(&zero).cast(),
+                from_ref(&kept).cast(),
                 b.at as *const c_void,
                 left,
                 a.at as *const c_void,
@@ -360,14 +364,22 @@ impl Drop for Card {
     }
 }
 
+/// The type of the factors.
+fn kind(factors: Factors) -> lt_sys::cudaDataType {
+    match factors {
+        Factors::F32 | Factors::Tf32 => lt_sys::cudaDataType::CUDA_R_32F,
+        Factors::Bf16 => lt_sys::cudaDataType::CUDA_R_16BF,
+    }
+}
+
 /// How a product is computed, and which factors are transposed.
 struct Description(lt_sys::cublasLtMatmulDesc_t);
 
 impl Description {
-    fn new(precision: ProductPrecision, transpose_left: bool, transpose_right: bool) -> Result<Self> {
-        let compute = match precision {
-            ProductPrecision::F32 => lt_sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
-            ProductPrecision::Tf32 => lt_sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,
+    fn new(factors: Factors, transpose_left: bool, transpose_right: bool) -> Result<Self> {
+        let compute = match factors {
+            Factors::F32 | Factors::Bf16 => lt_sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            Factors::Tf32 => lt_sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,
         };
         let description = Self(lt::create_matmul_desc(compute, lt_sys::cudaDataType::CUDA_R_32F)?);
         use lt_sys::cublasLtMatmulDescAttributes_t::{
@@ -401,8 +413,7 @@ impl Drop for Description {
 struct Layout(lt_sys::cublasLtMatrixLayout_t);
 
 impl Layout {
-    fn new((rows, columns, leading): (usize, usize, usize)) -> Result<Self> {
-        let kind = lt_sys::cudaDataType::CUDA_R_32F;
+    fn new(kind: lt_sys::cudaDataType, (rows, columns, leading): (usize, usize, usize)) -> Result<Self> {
         Ok(Self(lt::create_matrix_layout(kind, rows as u64, columns as u64, i64::try_from(leading)?)?))
     }
 }

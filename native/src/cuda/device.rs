@@ -38,17 +38,18 @@ pub struct MatrixAt {
     pub transposed: bool,
 }
 
-/// How a product of f32 matrices is computed.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
-pub enum ProductPrecision {
-    /// All 24 bits.
+/// What the factors of a product are, and how they are multiplied; sums and result are f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Factors {
+    /// f32, all bits of it.
     F32,
-    /// Tensor cores: 11 bits of each factor, sums in f32.
-    #[default]
+    /// f32, of which tensor cores see 11 bits.
     Tf32,
+    /// bf16.
+    Bf16,
 }
 
-/// `c [m, n] = a [m, k] · b [k, n]`, of f32.
+/// `c [m, n] = a [m, k] · b [k, n]`, or that added to `c`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Product {
     /// Rows of the result.
@@ -63,8 +64,10 @@ pub struct Product {
     pub b: MatrixAt,
     /// The result, not transposed.
     pub c: MatrixAt,
-    /// How.
-    pub precision: ProductPrecision,
+    /// What the factors are.
+    pub factors: Factors,
+    /// Whether the result is added to what is there.
+    pub adds: bool,
 }
 
 /// A device with memory of its own. What is asked of it happens in order; only `download` and `wait` wait.

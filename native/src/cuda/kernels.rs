@@ -91,6 +91,7 @@ kernels! {
     "bias.cu": SumResiduals = "sum_residuals", UpdateBias = "update_bias";
     "columns.cu": ResidualSums = "residual_sums", InputSums = "input_sums";
     "pull.cu": PullTerms = "pull_terms";
+    "split.cu": Split = "split";
     "skip.cu": WeighResiduals = "weigh_residuals", UpdateDense = "update_dense";
 }
 

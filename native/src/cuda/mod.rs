@@ -21,7 +21,7 @@ pub mod trainer;
 
 pub use batch::Resident;
 pub use choice::Choice;
-pub use device::{Argument, Buffer, Device, MatrixAt, Product, ProductPrecision};
+pub use device::{Argument, Buffer, Device, Factors, MatrixAt, Product};
 pub use kernels::{Kernel, PRELUDE, Shape};
 pub use step::{Address, Step};
 pub use trainer::{CudaForward, CudaTrainer};

@@ -15,7 +15,7 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use shared::config::train::{EncoderPrecision, TrainConfig};
+use shared::config::train::{EncoderPrecision, Products, TrainConfig};
 use shared::metrics::Dead;
 
 use super::guard::Guard;
@@ -75,6 +75,7 @@ pub fn identity(config: &TrainConfig, data: &Value) -> Result<Value> {
         checkpoint_minutes: 1.0,
         tensorboard: false,
         encoder_precision: EncoderPrecision::F32,
+        products: Products::default(),
         ..config.clone()
     };
     // Through text, so that it compares equal to what is read back.

@@ -8,13 +8,14 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use shared::Rows;
+use shared::config::train::Products;
 use shared::loss::{Losses, Objective};
 
 use super::forward::Forward;
 use super::order::Pairs;
 use super::resample::Rest;
 use super::step::{Settings, Trainer};
-use crate::cuda::{CudaForward, CudaTrainer, Device, ProductPrecision, Resident};
+use crate::cuda::{CudaForward, CudaTrainer, Device, Resident};
 
 /// A device that several runs may share.
 pub type SharedDevice = Arc<dyn Device + Send + Sync>;
@@ -60,10 +61,10 @@ pub(super) enum Pass {
 
 impl Engine {
     /// The engine for `trainer` on `device`, or on the processor.
-    pub(super) fn new(trainer: &Trainer, device: Option<&SharedDevice>) -> Result<Self> {
+    pub(super) fn new(trainer: &Trainer, device: Option<&SharedDevice>, products: Products) -> Result<Self> {
         let Some(device) = device else { return Ok(Self::Processor) };
-        let (device, precision) = (Arc::clone(device), ProductPrecision::default());
-        let on_device = CudaTrainer::new(device, &trainer.params, &trainer.moments, trainer.step, precision)?;
+        let device = Arc::clone(device);
+        let on_device = CudaTrainer::new(device, &trainer.params, &trainer.moments, trainer.step, products)?;
         Ok(Self::Device(Box::new(on_device)))
     }
 

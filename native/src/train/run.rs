@@ -112,7 +112,7 @@ impl<'a> Run<'a> {
             tracing::warn!("this processor has no AVX512-BF16: the encoder product is computed in f32");
         }
         let first_step = state.trainer.step;
-        let engine = Engine::new(&state.trainer, device)?;
+        let engine = Engine::new(&state.trainer, device, config.products)?;
         let log = Log::open(&out.join("log.jsonl"), first_step, config)?;
         write_bytes(&out.join("config.toml"), to_toml(config)?.as_bytes())?;
         Ok(Self {

@@ -119,6 +119,11 @@ static inline unsigned atomicAdd(unsigned *at, unsigned value) {
     return before;
 }
 static inline int __popc(unsigned value) { return __builtin_popcount(value); }
+static inline float __uint_as_float(unsigned bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
 static inline unsigned __float_as_uint(float value) {
     unsigned bits;
     memcpy(&bits, &value, 4);

@@ -12,7 +12,7 @@ use std::sync::Mutex;
 
 use anyhow::{Context, Result, ensure};
 use libloading::Library;
-use native::cuda::{Address, Argument, Device, Kernel, PRELUDE, Product, Shape};
+use native::cuda::{Address, Argument, Device, Factors, Kernel, PRELUDE, Product, Shape};
 
 type Run = unsafe extern "C" fn(u32, u32, *mut *mut c_void);
 
@@ -109,10 +109,13 @@ impl Emulator {
         Ok(())
     }
 
-    fn floats(&self, at: Address, n: usize) -> Result<&[f32]> {
-        self.check(at, 4 * n)?;
-        // SAFETY: checked just now; memory is given back only by `release`, which nobody calls while a product runs.
-        Ok(unsafe { std::slice::from_raw_parts(at as *const f32, n) })
+    fn values(&self, factors: Factors, at: Address, n: usize) -> Result<Vec<f32>> {
+        let size = if factors == Factors::Bf16 { 2 } else { 4 };
+        let mut bytes = vec![0u8; size * n];
+        self.download(at, &mut bytes)?;
+        let f32 = |b: &[u8]| f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+        let bf16 = |b: &[u8]| f32::from_le_bytes([0, 0, b[0], b[1]]);
+        Ok(bytes.chunks_exact(size).map(|b| if size == 2 { bf16(b) } else { f32(b) }).collect())
     }
 }
 
@@ -202,12 +205,12 @@ impl Device for Emulator {
     }
 
     fn product(&self, product: &Product) -> Result<()> {
-        let Product { m, n, k, a, b, c, .. } = *product;
+        let Product { m, n, k, a, b, c, factors, adds } = *product;
         let size = |rows: usize, columns: usize, leading: usize| (rows.max(1) - 1) * leading + columns;
         let (a_rows, a_columns) = if a.transposed { (k, m) } else { (m, k) };
         let (b_rows, b_columns) = if b.transposed { (n, k) } else { (k, n) };
-        let left = self.floats(a.at, size(a_rows, a_columns, a.leading))?;
-        let right = self.floats(b.at, size(b_rows, b_columns, b.leading))?;
+        let left = self.values(factors, a.at, size(a_rows, a_columns, a.leading))?;
+        let right = self.values(factors, b.at, size(b_rows, b_columns, b.leading))?;
         let mut out = vec![0.0f32; n];
         for i in 0..m {
             for (j, out) in out.iter_mut().enumerate() {
@@ -215,6 +218,10 @@ impl Device for Emulator {
                 let right =
                     |t: usize| right[if b.transposed { j * b.leading + t } else { t * b.leading + j }];
                 *out = (0..k).map(|t| left(t) * right(t)).sum();
+            }
+            if adds {
+                let before = self.values(Factors::F32, c.at + 4 * (i * c.leading) as u64, n)?;
+                out.iter_mut().zip(before).for_each(|(out, before)| *out += before);
             }
             self.upload(c.at + 4 * (i * c.leading) as u64, bytemuck::cast_slice(&out))?;
         }

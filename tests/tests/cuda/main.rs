@@ -10,19 +10,20 @@ use std::sync::Arc;
 
 use emulator::Emulator;
 use native::bench::{CudaBench, CudaStep};
-use native::cuda::{CudaTrainer, Device, ProductPrecision, Resident, Shape, Step};
+use native::cuda::{CudaTrainer, Device, Resident, Shape, Step};
 use native::selftest::cases::{Case, D, N_LATENTS, N_ROWS, Noise, cases};
 use native::selftest::impostor::{Impostor, MISTAKES};
 use native::selftest::{OnDevice, OnProcessor, judge};
 use native::train::{Moments, Trainer};
 use shared::Rows;
+use shared::config::train::Products;
 
 type Shared = Arc<dyn Device + Send + Sync>;
 
 fn learner(device: Shared, case: &Case) -> OnDevice {
     let first = case.start();
     let moments = Moments::new(&first, case.momentum > 0.0);
-    OnDevice(CudaTrainer::new(device, &first, &moments, 0, ProductPrecision::F32).unwrap(), None)
+    OnDevice(CudaTrainer::new(device, &first, &moments, 0, Products::F32).unwrap(), None)
 }
 
 #[test]
@@ -70,7 +71,7 @@ fn a_device_goes_on_where_it_was_with_any_batch() {
     let mut first = case.start();
     first.tensors.b_enc.fill(5.0);
     let moments = Moments::new(&first, false);
-    let f32 = ProductPrecision::F32;
+    let f32 = Products::F32;
     let mut whole = CudaTrainer::new(emulator.clone(), &first, &moments, 0, f32).unwrap();
     let mut parted = CudaTrainer::new(emulator.clone(), &first, &moments, 0, f32).unwrap();
     let objective = case.objective(N_ROWS);
@@ -95,12 +96,35 @@ fn a_device_goes_on_where_it_was_with_any_batch() {
     assert!(whole.forward(&Resident::of(&emulator, wrong, wrong).unwrap(), &objective).is_err());
 }
 
+/// Products of split factors: sixteen bits are nearly all, eight are not.
+#[test]
+fn split_factors_cost_what_their_bits_say() {
+    let folder = tempfile::tempdir().unwrap();
+    let emulator: Shared = Arc::new(Emulator::new(folder.path()));
+    let cases = cases();
+    let case = cases.iter().find(|case| case.name == "relu").unwrap();
+    let (first, objective) = (case.start(), case.objective(N_ROWS));
+    let moments = Moments::new(&first, false);
+    let x = Noise(23).vector(N_ROWS * D, 0.35);
+    let x = Rows::new(&x, D).unwrap();
+    let mse = |products| {
+        let mut trainer = CudaTrainer::new(emulator.clone(), &first, &moments, 0, products).unwrap();
+        let batch = Resident::of(&emulator, x, x).unwrap();
+        trainer.forward(&batch, &objective).unwrap().losses.mse
+    };
+    let exact = mse(Products::F32);
+    let off = |products| (mse(products) / exact - 1.0f64).abs();
+    let (eight, sixteen) = (off(Products::Bf16), off(Products::Bf16x3));
+    assert!(eight < 0.02 && eight > 1e-5, "{eight:e}");
+    assert!(sixteen < 1e-4 && sixteen < eight / 20.0, "{sixteen:e} against {eight:e}");
+}
+
 /// The bench of a card, at a size that the processor can run: what it prints has the shape of the table.
 #[test]
 fn the_bench_times_every_width() {
     let folder = tempfile::tempdir().unwrap();
     let emulator: Shared = Arc::new(Emulator::new(folder.path()));
-    let bench = CudaBench::new(emulator, ProductPrecision::F32);
+    let bench = CudaBench::new(emulator, Products::F32);
     let peaks = bench.peaks(4, 3, 1000).unwrap();
     assert!(peaks.bandwidth > 0.0 && peaks.flops > 0.0);
     let step = bench.step(&peaks, 32, 512, 16, 8, 1).unwrap();

@@ -56,6 +56,8 @@ pub(super) struct Workspace {
     pub(super) input: Buffer,
     pub(super) base: Buffer,
     pub(super) products: Buffer,
+    /// Factors as bf16, high and low halves: of inputs, and of the encoder rows at hand.
+    pub(super) halves: [[Buffer; 2]; 2],
     pub(super) kept_latents: Buffer,
     pub(super) kept_z: Buffer,
     pub(super) kept_counts: Buffer,
@@ -130,6 +132,7 @@ impl CudaTrainer {
             input: floats(if self.about.pre_bias { n_rows * d_in } else { 0 })?,
             base: floats(skip)?,
             products: floats(n_rows * geometry::latents_at_once(n_rows, n))?,
+            halves: self.halves(n_rows)?,
             kept_latents: counts(n_rows * capacity)?,
             kept_z: floats(n_rows * capacity)?,
             kept_counts: counts(n_rows)?,

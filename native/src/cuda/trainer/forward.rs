@@ -114,7 +114,8 @@ impl CudaTrainer {
                 a: MatrixAt { at: self.told.x, leading: d_in, transposed: false },
                 b: MatrixAt { at: self.params.w_skip.at(), leading: d_in, transposed: true },
                 c: MatrixAt { at: work.base.at(), leading: d_out, transposed: false },
-                precision: self.precision,
+                factors: self.factors(),
+                adds: false,
             })?;
         }
         self.launch(Kernel::Decode, n_rows, &[])?;
@@ -130,9 +131,10 @@ impl CudaTrainer {
 
     /// The encoder product, some latents at a time, and what is kept of it.
     fn encode(&self, work: &Workspace, objective: &Objective) -> Result<()> {
-        let (n, n_rows, d_in) = (self.about.n_latents(), work.n_rows, self.about.d_in);
+        let (n, n_rows) = (self.about.n_latents(), work.n_rows);
         let largest = matches!(self.about.latents, Latents::TopK { .. });
         let dead = objective.aux_k.as_ref().is_some_and(|aux| aux.k > 0 && aux.dead.contains(&true));
+        self.split_inputs(work)?;
         self.launch(Kernel::Thresholds, self.shape.blocks(n * self.about.n_layers()), &[])?;
         work.kept_counts.clear()?;
         work.dead_counts.clear()?;
@@ -141,19 +143,7 @@ impl CudaTrainer {
         let at_once = geometry::latents_at_once(n_rows, n);
         for first in (0..n).step_by(at_once) {
             let width = at_once.min(n - first);
-            self.device.product(&Product {
-                m: n_rows,
-                n: width,
-                k: d_in,
-                a: MatrixAt { at: self.told.input, leading: d_in, transposed: false },
-                b: MatrixAt {
-                    at: self.params.w_enc.at() + 4 * (first * d_in) as u64,
-                    leading: d_in,
-                    transposed: true,
-                },
-                c: MatrixAt { at: work.products.at(), leading: at_once, transposed: false },
-                precision: self.precision,
-            })?;
+            self.encoder_product(work, first, width, at_once)?;
             let [first, width, leading] = [first, width, at_once].map(|n| Argument::U32(n as u32));
             if largest {
                 self.launch(Kernel::KeepLargest, n_rows, &[first, width, leading, Argument::U32(0)])?;

@@ -7,10 +7,11 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
+use shared::config::train::Products;
 use shared::loss::{Levels, Losses};
 
 use super::batch::Resident;
-use super::device::{Argument, Buffer, Device, ProductPrecision};
+use super::device::{Argument, Buffer, Device};
 use super::geometry;
 use super::kernels::{Kernel, Shape};
 use super::step::{MAX_LAYERS, ROW_SUMS, Step};
@@ -20,6 +21,7 @@ use buffers::{Arrays, Fixed, Workspace};
 mod buffers;
 mod describe;
 mod forward;
+mod multiply;
 mod update;
 
 /// Rows of a part of the sum over rows.
@@ -70,7 +72,7 @@ pub struct CudaTrainer {
     /// What the last forward pass read.
     batch: Option<Arc<Resident>>,
     capacity: usize,
-    precision: ProductPrecision,
+    products: Products,
     /// What the kernels of the last forward pass were told.
     told: Step,
     /// Steps taken.
@@ -89,7 +91,7 @@ impl CudaTrainer {
         params: &Params,
         moments: &Moments,
         step: u64,
-        precision: ProductPrecision,
+        products: Products,
     ) -> Result<Self> {
         let (n, d_in, d_out) = (params.n_latents(), params.d_in, params.d_out);
         let n_layers = params.n_layers();
@@ -149,7 +151,7 @@ impl CudaTrainer {
             shape,
             about,
             fixed,
-            precision,
+            products,
             step,
         })
     }
@@ -180,7 +182,7 @@ impl CudaTrainer {
     /// # Errors
     /// If the device fails.
     pub fn upload(&mut self, params: &Params, moments: &Moments, step: u64) -> Result<()> {
-        *self = Self::new(Arc::clone(&self.device), params, moments, step, self.precision)?;
+        *self = Self::new(Arc::clone(&self.device), params, moments, step, self.products)?;
         Ok(())
     }
 

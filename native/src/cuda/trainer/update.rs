@@ -93,7 +93,8 @@ impl CudaTrainer {
             a: MatrixAt { at: work.residuals.at(), leading: d_out, transposed: true },
             b: MatrixAt { at: self.told.x, leading: d_in, transposed: false },
             c: MatrixAt { at: self.fixed.g_skip.at(), leading: d_in, transposed: false },
-            precision: self.precision,
+            factors: self.factors(),
+            adds: false,
         })
     }
 }

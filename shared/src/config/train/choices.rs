@@ -46,6 +46,21 @@ pub enum EncoderPrecision {
     Bf16,
 }
 
+/// How a card multiplies matrices; sums are in f32 always.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Products {
+    /// Factors of 11 bits, on tensor cores.
+    #[default]
+    Tf32,
+    /// Factors of all 24 bits.
+    F32,
+    /// Factors of 8 bits, at twice the speed of [`Products::Tf32`].
+    Bf16,
+    /// Factors of 16 bits, as two of 8 each: three products.
+    Bf16x3,
+}
+
 /// The latent function that is trained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

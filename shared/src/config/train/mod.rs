@@ -13,7 +13,7 @@ mod choices;
 
 pub use choices::{
     AllLayers, DecoderBiasInit, EncoderPrecision, FromData, LatentFunction, Layers, Loss, Normalise,
-    ThresholdInit, Thresholds,
+    Products, ThresholdInit, Thresholds,
 };
 
 use super::Count;
@@ -146,6 +146,8 @@ pub struct TrainConfig {
     pub dead_window: Count,
     /// How the encoder product is found, `f32` or `bf16`; the result is the same to the last bit.
     pub encoder_precision: EncoderPrecision,
+    /// How a card multiplies matrices; the processor does so in f32.
+    pub products: Products,
     /// Steps between two lines of the log.
     pub log_every: u64,
     /// Whether the log is written as a TensorBoard event file too, under SAELens' names.
@@ -207,6 +209,7 @@ impl Default for TrainConfig {
             max_norm: 4.0,
             dead_window: Count(300_000),
             encoder_precision: EncoderPrecision::F32,
+            products: Products::Tf32,
             log_every: 50,
             tensorboard: false,
             checkpoint_every: 1000,
