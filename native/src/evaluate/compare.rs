@@ -15,7 +15,9 @@ use super::EvalReport;
 use super::plot::{GRID, INK};
 use super::report::{optional, percent};
 
-const PANEL: (u32, u32) = (560, 440);
+const PANEL: (u32, u32) = (480, 400);
+/// Width of the names beside the panels.
+const LEGEND: u32 = 240;
 /// Wong's colours for the colour-blind (Nature Methods 8, 441), without yellow, which is lost on white.
 pub(super) const COLOURS: [RGBColor; 7] = [
     RGBColor(0, 114, 178),
@@ -106,12 +108,15 @@ pub fn pareto_svg(all: &[Named]) -> Result<String> {
     };
     let mut svg = String::new();
     {
-        let size = (PANEL.0 * panels.len() as u32, PANEL.1);
-        let area = SVGBackend::with_string(&mut svg, size).into_drawing_area();
+        let width = PANEL.0 * panels.len() as u32;
+        let area = SVGBackend::with_string(&mut svg, (width + LEGEND, PANEL.1)).into_drawing_area();
         area.fill(&WHITE).context("cannot draw the plot")?;
-        for (part, (title, families)) in area.split_evenly((1, panels.len())).iter().zip(&panels) {
+        // The names stand beside the panels, where they cover nothing.
+        let (drawn, named) = area.split_horizontally(width);
+        for (part, (title, families)) in drawn.split_evenly((1, panels.len())).iter().zip(&panels) {
             panel(part, title, families, &names)?;
         }
+        legend(&named, &names)?;
         area.present().context("cannot finish the plot")?;
     }
     Ok(svg)
@@ -144,11 +149,12 @@ fn panel(
     (low, high) = (low / 1.15, high * 1.15);
     let top = points().map(|(_, value)| *value).fold(0.0, f64::max) * 1.08;
     let bottom = points().map(|(_, value)| *value).fold(0.0, f64::min);
+    let ticks = TICKS.into_iter().filter(|tick| (low..high).contains(tick)).collect();
     let mut chart = ChartBuilder::on(area)
         .margin(16)
         .x_label_area_size(44)
         .y_label_area_size(64)
-        .build_cartesian_2d((low..high).log_scale().with_key_points(TICKS.to_vec()), bottom..top.max(1e-9))
+        .build_cartesian_2d((low..high).log_scale().with_key_points(ticks), bottom..top.max(1e-9))
         .context("cannot draw the axes")?;
     chart
         .configure_mesh()
@@ -162,26 +168,50 @@ fn panel(
         .draw()
         .context("cannot draw the axes")?;
     for (name, points) in families {
-        let at = names.iter().position(|known| known == name).unwrap_or(0);
-        let colour = COLOURS[at % COLOURS.len()];
-        // The eighth family and on: hollow marks.
-        let mark = if at < COLOURS.len() { colour.filled() } else { colour.stroke_width(2) };
-        chart
-            .draw_series(LineSeries::new(points.iter().copied(), colour.stroke_width(2)))
-            .context("cannot draw a line")?
-            .label(*name)
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(3)));
-        let marks = points.iter().map(|&point| Circle::new(point, 4, mark));
+        let look = Look::of(names.iter().position(|known| known == name).unwrap_or(0));
+        let line = points.iter().copied();
+        if look.hollow {
+            let dashes = DashedLineSeries::new(line, 6, 4, look.colour.stroke_width(2));
+            chart.draw_series(dashes).context("cannot draw a line")?;
+        } else {
+            let whole = LineSeries::new(line, look.colour.stroke_width(2));
+            chart.draw_series(whole).context("cannot draw a line")?;
+        }
+        let marks = points.iter().map(|&point| Circle::new(point, 4, look.mark()));
         chart.draw_series(marks).context("cannot draw the marks")?;
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::UpperRight)
-        .label_font(("sans-serif", 13, &INK))
-        .background_style(WHITE.mix(0.85))
-        .border_style(GRID)
-        .draw()
-        .context("cannot draw the legend")?;
+    Ok(())
+}
+
+/// How a family is drawn: after as many as there are colours, dashed and hollow.
+struct Look {
+    colour: RGBColor,
+    hollow: bool,
+}
+
+impl Look {
+    fn of(family: usize) -> Self {
+        Self { colour: COLOURS[family % COLOURS.len()], hollow: family >= COLOURS.len() }
+    }
+
+    fn mark(&self) -> ShapeStyle {
+        if self.hollow { self.colour.stroke_width(2) } else { self.colour.filled() }
+    }
+}
+
+/// The names of the families, each with its line and mark.
+fn legend(area: &DrawingArea<SVGBackend<'_>, Shift>, names: &[&str]) -> Result<()> {
+    for (i, name) in names.iter().enumerate() {
+        let (look, y) = (Look::of(i), 32 + 22 * i32::try_from(i)?);
+        let pieces = if look.hollow { vec![(0, 8), (22, 30)] } else { vec![(0, 30)] };
+        for (from, to) in pieces {
+            let line = PathElement::new([(from, y), (to, y)], look.colour.stroke_width(2));
+            area.draw(&line).context("cannot draw the legend")?;
+        }
+        area.draw(&Circle::new((15, y), 4, look.mark())).context("cannot draw the legend")?;
+        let style = ("sans-serif", 13, &INK).into_text_style(area);
+        area.draw(&Text::new((*name).to_owned(), (38, y - 7), style)).context("cannot draw the legend")?;
+    }
     Ok(())
 }
 
@@ -248,7 +278,11 @@ mod tests {
         ];
         let svg = pareto_svg(&all).unwrap();
         assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"));
-        assert_eq!(svg.matches("<circle").count(), 6, "three marks in each panel");
+        assert_eq!(
+            svg.matches("<circle").count(),
+            6 + 2,
+            "three marks in each panel, and one a family beside them"
+        );
         assert!(svg.contains("FVU") && svg.contains("delta loss"));
         let only_fvu = pareto_svg(&[named("a", 3.0, 0.5, None)]).unwrap();
         assert!(!only_fvu.contains("delta loss"));
