@@ -34,25 +34,9 @@ extern "C" __global__ void batch_equal(Step s, u32 key, u32 *equal) {
 // rows have. Grid: rows.
 extern "C" __global__ void batch_retain(Step s, u32 key, u32 allowed, const u32 *before) {
     __shared__ u32 scratch[33];
-    u32 row = blockIdx.x, count = s.kept_counts[row], kept = 0, equal_seen = before[row];
+    u32 row = blockIdx.x, count = s.kept_counts[row];
     u32 *latents = s.kept_latents + (u64)row * s.capacity;
     float *z = s.kept_z + (u64)row * s.capacity;
-    for (u32 start = 0; start < count; start += THREADS) {
-        u32 i = start + threadIdx.x, equal_total, total;
-        float value = i < count ? z[i] : 0.0f;
-        u32 latent = i < count ? latents[i] : 0;
-        u32 mine = __float_as_uint(value), equal = i < count && mine == key;
-        u32 rank = equal_seen + block_before(equal, scratch, &equal_total);
-        u32 stays = i < count && (mine > key || (equal && rank < allowed));
-        u32 place = kept + block_before(stays, scratch, &total);
-        __syncthreads();
-        if (stays) {
-            latents[place] = latent;
-            z[place] = value;
-        }
-        kept += total;
-        equal_seen += equal_total;
-    }
-    __syncthreads();
+    u32 kept = keep_top(latents, z, count, key, allowed, before[row], scratch);
     if (threadIdx.x == 0) s.kept_counts[row] = kept;
 }

@@ -34,28 +34,7 @@ __device__ u32 kth_largest(const float *z, u32 count, u32 k, u32 *histogram, u32
 __device__ u32 thin(u32 *latents, float *z, u32 count, u32 k, u32 *scratch, u32 *histogram, u32 *result) {
     if (count <= k) return count;
     u32 key = kth_largest(z, count, k, histogram, result);
-    u32 equal_allowed = k - result[2], kept = 0, equal_seen = 0;
-    for (u32 start = 0; start < count; start += THREADS) {
-        u32 i = start + threadIdx.x;
-        float value = i < count ? z[i] : 0.0f;
-        u32 latent = i < count ? latents[i] : 0;
-        u32 mine = i < count ? __float_as_uint(value) : 0;
-        u32 equal_total, total;
-        u32 equal = mine == key && i < count;
-        u32 before = equal_seen + block_before(equal, scratch, &equal_total);
-        u32 stays = i < count && (mine > key || (equal && before < equal_allowed));
-        u32 place = kept + block_before(stays, scratch, &total);
-        // Everything of this stretch has been read, and it is written no further than it was read.
-        __syncthreads();
-        if (stays) {
-            latents[place] = latent;
-            z[place] = value;
-        }
-        kept += total;
-        equal_seen += equal_total;
-    }
-    __syncthreads();
-    return kept;
+    return keep_top(latents, z, count, key, k - result[2], 0, scratch);
 }
 
 extern "C" __global__ void keep_largest(Step s, u32 first, u32 width, u32 leading, u32 of_dead) {

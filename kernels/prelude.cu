@@ -134,6 +134,31 @@ __device__ inline u32 block_before(u32 count, u32 *scratch, u32 *total) {
     return sum + before - count;
 }
 
+// Of a list, keeps what is above `key`, in order, and of values equal to it those before the `allowed`-th, of which `seen` came
+// before this list; returns how many are left. Keys are the bits of positive values, which order as they do.
+__device__ inline u32 keep_top(u32 *latents, float *z, u32 count, u32 key, u32 allowed, u32 seen, u32 *scratch) {
+    u32 kept = 0;
+    for (u32 start = 0; start < count; start += THREADS) {
+        u32 i = start + threadIdx.x, equal_total, total;
+        float value = i < count ? z[i] : 0.0f;
+        u32 latent = i < count ? latents[i] : 0;
+        u32 mine = __float_as_uint(value), equal = i < count && mine == key;
+        u32 before = seen + block_before(equal, scratch, &equal_total);
+        u32 stays = i < count && (mine > key || (equal && before < allowed));
+        u32 place = kept + block_before(stays, scratch, &total);
+        // Everything of this stretch has been read, and it is written no further than it was read.
+        __syncthreads();
+        if (stays) {
+            latents[place] = latent;
+            z[place] = value;
+        }
+        kept += total;
+        seen += equal_total;
+    }
+    __syncthreads();
+    return kept;
+}
+
 __device__ inline u32 min_u32(u32 a, u32 b) { return a < b ? a : b; }
 
 // exp(r_mag) (z - b_enc), the scaled part of a gate's magnitude.

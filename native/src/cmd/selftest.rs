@@ -8,7 +8,7 @@ use shared::config::train::Products;
 
 use crate::cuda::{self, CudaTrainer, Device};
 use crate::selftest::cases::{Case, cases};
-use crate::selftest::impostor::{Impostor, MISTAKES};
+use crate::selftest::impostor::MISTAKES;
 use crate::selftest::{OnDevice, OnProcessor, STEPS, Verdict, judge};
 use crate::train::{Moments, Trainer};
 
@@ -61,7 +61,7 @@ fn on_card(card: &Arc<dyn Device + Send + Sync>) -> Result<usize> {
     }
     for mistake in MISTAKES {
         let Some(case) = cases.iter().find(|case| case.name == mistake.case) else { continue };
-        table.impostor(mistake.name, &run(Arc::new(Impostor::new(Arc::clone(card), mistake)), case))?;
+        table.impostor(mistake.name, &run(Arc::new(mistake.made_by(Arc::clone(card))), case))?;
     }
     Ok(table.failures)
 }

@@ -30,6 +30,7 @@ const WORKSPACE: usize = 32 << 20;
 /// A card in use. Dropping it gives everything back.
 pub struct Card {
     name: String,
+    /// What kernels are compiled for, such as `sm_90a`.
     architecture: String,
     context: sys::CUcontext,
     device: sys::CUdevice,
@@ -133,12 +134,6 @@ impl Card {
             stream,
             workspace,
         })
-    }
-
-    /// The architecture that kernels are compiled for, such as `sm_90a`.
-    #[must_use]
-    pub fn architecture(&self) -> &str {
-        &self.architecture
     }
 
     fn enter(&self) -> Result<()> {

@@ -12,6 +12,7 @@ pub mod choice;
 pub mod device;
 pub mod found;
 pub mod geometry;
+pub mod intercept;
 pub mod kernels;
 pub mod libraries;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
@@ -22,6 +23,7 @@ pub mod trainer;
 pub use batch::Resident;
 pub use choice::Choice;
 pub use device::{Argument, Buffer, Device, Factors, MatrixAt, Product};
+pub use intercept::Intercept;
 pub use kernels::{Kernel, PRELUDE, Shape};
 pub use step::{Address, Step};
 pub use trainer::{CudaForward, CudaTrainer};

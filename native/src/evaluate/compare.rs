@@ -6,30 +6,12 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use anyhow::{Context, Result, ensure};
-use plotters::coord::Shift;
-use plotters::prelude::*;
+use anyhow::{Result, ensure};
 use shared::tap::TapPoint;
 
 use super::EvalReport;
-use super::plot::{GRID, INK};
+use super::lines::{self, Axis, Line};
 use super::report::{optional, percent};
-
-const PANEL: (u32, u32) = (480, 400);
-/// Width of the names beside the panels.
-const LEGEND: u32 = 240;
-/// Wong's colours for the colour-blind (Nature Methods 8, 441), without yellow, which is lost on white.
-pub(super) const COLOURS: [RGBColor; 7] = [
-    RGBColor(0, 114, 178),
-    RGBColor(213, 94, 0),
-    RGBColor(0, 158, 115),
-    RGBColor(204, 121, 167),
-    RGBColor(86, 180, 233),
-    RGBColor(230, 159, 0),
-    RGBColor(51, 51, 51),
-];
-/// L0s named on the axis, as far as they lie in the plot.
-const TICKS: [f64; 11] = [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0];
 
 /// An evaluation and what its autoencoder is called.
 #[derive(Debug, Clone, PartialEq)]
@@ -95,38 +77,13 @@ pub fn markdown(all: &[Named]) -> String {
 pub fn pareto_svg(all: &[Named]) -> Result<String> {
     let fvu = families(all, |report| report.reconstruction.fvu);
     let delta = families(all, |report| report.splice.as_ref().map(|splice| splice.delta_loss));
-    let panels: Vec<_> = [("FVU", fvu), ("delta loss, nats a token", delta)]
-        .into_iter()
-        .filter(|(_, families)| !families.is_empty())
-        .collect();
-    ensure!(!panels.is_empty(), "no autoencoder has an L0 above 0 and an FVU, so there is nothing to draw");
-    let names: Vec<&str> = {
-        let mut names: Vec<&str> = all.iter().map(|named| family(&named.name)).collect();
-        names.sort_unstable();
-        names.dedup();
-        names
-    };
-    let mut svg = String::new();
-    {
-        let width = PANEL.0 * panels.len() as u32;
-        let area = SVGBackend::with_string(&mut svg, (width + LEGEND, PANEL.1)).into_drawing_area();
-        area.fill(&WHITE).context("cannot draw the plot")?;
-        // The names stand beside the panels, where they cover nothing.
-        let (drawn, named) = area.split_horizontally(width);
-        for (part, (title, families)) in drawn.split_evenly((1, panels.len())).iter().zip(&panels) {
-            panel(part, title, families, &names)?;
-        }
-        legend(&named, &names)?;
-        area.present().context("cannot finish the plot")?;
-    }
-    Ok(svg)
+    ensure!(!fvu.is_empty(), "no autoencoder has an L0 above 0 and an FVU, so there is nothing to draw");
+    lines::svg(Axis::L0, &[("FVU", fvu), ("delta loss, nats a token", delta)])
 }
 
-type Families<'a> = BTreeMap<&'a str, Vec<(f64, f64)>>;
-
 /// Per family, `(L0, value)` by L0.
-fn families(all: &[Named], value: impl Fn(&EvalReport) -> Option<f64>) -> Families<'_> {
-    let mut families = Families::new();
+fn families(all: &[Named], value: impl Fn(&EvalReport) -> Option<f64>) -> Vec<Line> {
+    let mut families: BTreeMap<&str, Vec<(f64, f64)>> = BTreeMap::new();
     for Named { name, report } in all {
         let l0 = report.reconstruction.l0;
         if let Some(value) = value(report).filter(|value| l0 > 0.0 && value.is_finite()) {
@@ -134,85 +91,7 @@ fn families(all: &[Named], value: impl Fn(&EvalReport) -> Option<f64>) -> Famili
         }
     }
     families.values_mut().for_each(|points| points.sort_by(|a, b| a.0.total_cmp(&b.0)));
-    families
-}
-
-fn panel(
-    area: &DrawingArea<SVGBackend<'_>, Shift>,
-    title: &str,
-    families: &Families<'_>,
-    names: &[&str],
-) -> Result<()> {
-    let points = || families.values().flatten();
-    let (mut low, mut high) =
-        points().fold((f64::INFINITY, 0.0f64), |(low, high), (l0, _)| (low.min(*l0), high.max(*l0)));
-    (low, high) = (low / 1.15, high * 1.15);
-    let top = points().map(|(_, value)| *value).fold(0.0, f64::max) * 1.08;
-    let bottom = points().map(|(_, value)| *value).fold(0.0, f64::min);
-    let ticks = TICKS.into_iter().filter(|tick| (low..high).contains(tick)).collect();
-    let mut chart = ChartBuilder::on(area)
-        .margin(16)
-        .x_label_area_size(44)
-        .y_label_area_size(64)
-        .build_cartesian_2d((low..high).log_scale().with_key_points(ticks), bottom..top.max(1e-9))
-        .context("cannot draw the axes")?;
-    chart
-        .configure_mesh()
-        .light_line_style(TRANSPARENT)
-        .bold_line_style(GRID)
-        .axis_style(INK)
-        .label_style(("sans-serif", 13, &INK))
-        .x_desc("L0, mean active latents a token")
-        .y_desc(title)
-        .x_label_formatter(&|x| format!("{x:.0}"))
-        .draw()
-        .context("cannot draw the axes")?;
-    for (name, points) in families {
-        let look = Look::of(names.iter().position(|known| known == name).unwrap_or(0));
-        let line = points.iter().copied();
-        if look.hollow {
-            let dashes = DashedLineSeries::new(line, 6, 4, look.colour.stroke_width(2));
-            chart.draw_series(dashes).context("cannot draw a line")?;
-        } else {
-            let whole = LineSeries::new(line, look.colour.stroke_width(2));
-            chart.draw_series(whole).context("cannot draw a line")?;
-        }
-        let marks = points.iter().map(|&point| Circle::new(point, 4, look.mark()));
-        chart.draw_series(marks).context("cannot draw the marks")?;
-    }
-    Ok(())
-}
-
-/// How a family is drawn: after as many as there are colours, dashed and hollow.
-struct Look {
-    colour: RGBColor,
-    hollow: bool,
-}
-
-impl Look {
-    fn of(family: usize) -> Self {
-        Self { colour: COLOURS[family % COLOURS.len()], hollow: family >= COLOURS.len() }
-    }
-
-    fn mark(&self) -> ShapeStyle {
-        if self.hollow { self.colour.stroke_width(2) } else { self.colour.filled() }
-    }
-}
-
-/// The names of the families, each with its line and mark.
-fn legend(area: &DrawingArea<SVGBackend<'_>, Shift>, names: &[&str]) -> Result<()> {
-    for (i, name) in names.iter().enumerate() {
-        let (look, y) = (Look::of(i), 32 + 22 * i32::try_from(i)?);
-        let pieces = if look.hollow { vec![(0, 8), (22, 30)] } else { vec![(0, 30)] };
-        for (from, to) in pieces {
-            let line = PathElement::new([(from, y), (to, y)], look.colour.stroke_width(2));
-            area.draw(&line).context("cannot draw the legend")?;
-        }
-        area.draw(&Circle::new((15, y), 4, look.mark())).context("cannot draw the legend")?;
-        let style = ("sans-serif", 13, &INK).into_text_style(area);
-        area.draw(&Text::new((*name).to_owned(), (38, y - 7), style)).context("cannot draw the legend")?;
-    }
-    Ok(())
+    families.into_iter().map(|(name, points)| (name.to_owned(), points)).collect()
 }
 
 #[cfg(test)]

@@ -2,11 +2,12 @@
 //!
 //! [`reconstruction`] owns what needs only activation vectors (L0, FVU, dead share, density),
 //! [`splice`] what needs the language model (delta loss, loss recovered); [`report`] prints both,
-//! [`plot`] draws the density histogram and [`compare`] puts several side by side; [`layers`] is for multi-layer SAEs. Definitions follow
+//! [`plot`] and [`lines`] draw, and [`compare`] puts several side by side; [`layers`] is for multi-layer SAEs. Definitions follow
 //! Gemma Scope (arXiv 2408.05147 §4).
 
 pub mod compare;
 pub mod layers;
+pub mod lines;
 pub mod plot;
 pub mod reconstruction;
 pub mod report;

@@ -1,10 +1,8 @@
-//! Devices with one mistake each: a judge that lets one of them pass is no judge.
+//! Mistakes that a device may make, one each: a judge that lets one of them pass is no judge.
 
 use std::sync::Arc;
 
-use anyhow::Result;
-
-use crate::cuda::{Address, Argument, Device, Kernel, Product, Shape, Step};
+use crate::cuda::{Device, Intercept, Kernel, Step};
 
 /// A mistake, and the case by which it must be found out.
 #[derive(Debug, Clone, Copy)]
@@ -47,70 +45,10 @@ pub const MISTAKES: [Mistake; 10] = [
     },
 ];
 
-/// A device whose kernels are told something wrong.
-#[derive(Debug)]
-pub struct Impostor {
-    device: Arc<dyn Device + Send + Sync>,
-    mistake: Mistake,
-}
-
-impl Impostor {
-    /// `device` with this mistake.
+impl Mistake {
+    /// `device`, making it.
     #[must_use]
-    pub fn new(device: Arc<dyn Device + Send + Sync>, mistake: Mistake) -> Self {
-        Self { device, mistake }
-    }
-}
-
-impl Device for Impostor {
-    fn name(&self) -> String {
-        format!("{}, {}", self.device.name(), self.mistake.name)
-    }
-
-    fn memory(&self) -> Result<(u64, u64)> {
-        self.device.memory()
-    }
-
-    fn allocate(&self, bytes: usize) -> Result<Address> {
-        self.device.allocate(bytes)
-    }
-
-    fn release(&self, at: Address) {
-        self.device.release(at);
-    }
-
-    fn upload(&self, to: Address, bytes: &[u8]) -> Result<()> {
-        self.device.upload(to, bytes)
-    }
-
-    fn download(&self, from: Address, into: &mut [u8]) -> Result<()> {
-        self.device.download(from, into)
-    }
-
-    fn fill(&self, at: Address, byte: u8, bytes: usize) -> Result<()> {
-        self.device.fill(at, byte, bytes)
-    }
-
-    fn copy(&self, to: Address, from: Address, bytes: usize) -> Result<()> {
-        self.device.copy(to, from, bytes)
-    }
-
-    fn launch(&self, kernel: Kernel, shape: Shape, blocks: usize, arguments: &[Argument<'_>]) -> Result<()> {
-        let mut arguments = arguments.to_vec();
-        let mut told = Step::default();
-        if let Some(Argument::Bytes(bytes)) = arguments.first_mut() {
-            bytemuck::bytes_of_mut(&mut told).copy_from_slice(bytes);
-            (self.mistake.change)(kernel, &mut told);
-            *bytes = bytemuck::bytes_of(&told);
-        }
-        self.device.launch(kernel, shape, blocks, &arguments)
-    }
-
-    fn product(&self, product: &Product) -> Result<()> {
-        self.device.product(product)
-    }
-
-    fn wait(&self) -> Result<()> {
-        self.device.wait()
+    pub fn made_by(self, device: Arc<dyn Device + Send + Sync>) -> Intercept {
+        Intercept::new(device, self.name, self.change)
     }
 }

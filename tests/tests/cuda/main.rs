@@ -12,7 +12,7 @@ use emulator::Emulator;
 use native::bench::{CudaBench, CudaStep};
 use native::cuda::{CudaTrainer, Device, Resident, Shape, Step};
 use native::selftest::cases::{Case, D, N_LATENTS, N_ROWS, Noise, cases};
-use native::selftest::impostor::{Impostor, MISTAKES};
+use native::selftest::impostor::MISTAKES;
 use native::selftest::{OnDevice, OnProcessor, judge};
 use native::train::{Moments, Trainer};
 use shared::Rows;
@@ -44,7 +44,7 @@ fn every_variant_equals_the_dense_reference_and_no_impostor_does() {
     }
     for mistake in MISTAKES {
         let case = cases.iter().find(|case| case.name == mistake.case).unwrap();
-        let impostor = Arc::new(Impostor::new(emulator.clone(), mistake));
+        let impostor = Arc::new(mistake.made_by(emulator.clone()));
         let found = judge(case, &mut learner(impostor, case), 5);
         assert!(found.is_err(), "{} was not found out: {found:?}", mistake.name);
     }

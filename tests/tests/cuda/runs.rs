@@ -4,8 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use anyhow::Result;
-use native::cuda::{Address, Argument, Device, Kernel, Product, Shape};
+use native::cuda::{Intercept, Kernel, Step};
 use native::stop::{StopFlag, Stopped};
 use native::train::{ActivationSource, Job, SharedDevice, VectorsFile, run_all_on};
 use shared::Rows;
@@ -71,61 +70,15 @@ fn weights(out: &Path) -> Vec<u8> {
     std::fs::read(out.join("sae_weights.safetensors")).unwrap()
 }
 
-/// Raises the flag after so many updates.
-#[derive(Debug)]
-struct Stopping {
-    device: SharedDevice,
-    left: AtomicUsize,
-    stop: StopFlag,
-}
-
-impl Device for Stopping {
-    fn name(&self) -> String {
-        self.device.name()
-    }
-
-    fn memory(&self) -> Result<(u64, u64)> {
-        self.device.memory()
-    }
-
-    fn allocate(&self, bytes: usize) -> Result<Address> {
-        self.device.allocate(bytes)
-    }
-
-    fn release(&self, at: Address) {
-        self.device.release(at);
-    }
-
-    fn upload(&self, to: Address, bytes: &[u8]) -> Result<()> {
-        self.device.upload(to, bytes)
-    }
-
-    fn download(&self, from: Address, into: &mut [u8]) -> Result<()> {
-        self.device.download(from, into)
-    }
-
-    fn fill(&self, at: Address, byte: u8, bytes: usize) -> Result<()> {
-        self.device.fill(at, byte, bytes)
-    }
-
-    fn copy(&self, to: Address, from: Address, bytes: usize) -> Result<()> {
-        self.device.copy(to, from, bytes)
-    }
-
-    fn launch(&self, kernel: Kernel, shape: Shape, blocks: usize, arguments: &[Argument<'_>]) -> Result<()> {
-        if kernel == Kernel::Update && self.left.fetch_sub(1, Ordering::Relaxed) == 0 {
-            self.stop.raise();
+/// `device`, on which `stop` is raised after so many updates.
+fn stopping(device: &SharedDevice, updates: usize, stop: &StopFlag) -> SharedDevice {
+    let (left, stop) = (AtomicUsize::new(updates), stop.clone());
+    let count = move |kernel: Kernel, _: &mut Step| {
+        if kernel == Kernel::Update && left.fetch_sub(1, Ordering::Relaxed) == 0 {
+            stop.raise();
         }
-        self.device.launch(kernel, shape, blocks, arguments)
-    }
-
-    fn product(&self, product: &Product) -> Result<()> {
-        self.device.product(product)
-    }
-
-    fn wait(&self) -> Result<()> {
-        self.device.wait()
-    }
+    };
+    Arc::new(Intercept::new(device.clone(), "stopped", count))
 }
 
 #[test]
@@ -144,9 +97,7 @@ fn a_run_ends_where_the_processors_does_and_goes_on_after_a_stop() {
     }
 
     let stop = StopFlag::default();
-    let left = AtomicUsize::new(25);
-    let stopping: SharedDevice = Arc::new(Stopping { device: emulator.clone(), left, stop: stop.clone() });
-    let error = run_all_on(&source, &stopped, Some(&stopping), &stop).unwrap_err();
+    let error = run_all_on(&source, &stopped, Some(&stopping(&emulator, 25, &stop)), &stop).unwrap_err();
     assert!(error.is::<Stopped>(), "{error:#}");
     assert!(!stopped[0].out.join("run.json").exists());
     for result in run_all_on(&source, &stopped, Some(&emulator), &go).unwrap() {
@@ -158,9 +109,7 @@ fn a_run_ends_where_the_processors_does_and_goes_on_after_a_stop() {
     // What a card began, the processor may end, and the other way round.
     let moved = jobs(&folder.path().join("moved"));
     let stop = StopFlag::default();
-    let left = AtomicUsize::new(10);
-    let stopping: SharedDevice = Arc::new(Stopping { device: emulator.clone(), left, stop: stop.clone() });
-    assert!(run_all_on(&source, &moved, Some(&stopping), &stop).is_err());
+    assert!(run_all_on(&source, &moved, Some(&stopping(&emulator, 10, &stop)), &stop).is_err());
     for result in run_all_on(&source, &moved, None, &go).unwrap() {
         result.unwrap();
     }

@@ -13,12 +13,11 @@ use wasm_bindgen::JsCast;
 use web_sys::{HtmlElement, KeyboardEvent};
 
 use super::context::{Ctx, ctx, load};
-use super::feature::copy_link;
 use super::flow_maps::{LatentMap, LayerMap, TokenMap};
 use super::flow_panel::Panel;
 use super::flow_ribbons::RibbonCard;
 use super::flow_table::FlowTable;
-use super::parts::when;
+use super::parts::{Choosable, TextPicker, when};
 use super::tokens::style;
 use crate::backend::{self, EncodedRows};
 use crate::data::{self, Pack};
@@ -148,31 +147,23 @@ fn chosen_text(texts: &[FlowEntry], view: &FlowView) -> Option<FlowEntry> {
 
 #[component]
 fn Picker(texts: Arc<Vec<FlowEntry>>, view: Memo<FlowView>, change: Callback<FlowView>) -> impl IntoView {
-    let ctx = ctx();
-    let source = texts.clone();
-    let current = Memo::new(move |_| chosen_text(&source, &view.get()));
-    let options = texts
-        .iter()
-        .map(|t| {
-            let id = t.id.clone();
-            view! { <option value=t.id.clone() selected=move || current.get().is_some_and(|c| c.id == id)>{t.title.clone()}</option> }
-        })
-        .collect_view();
+    let choose = Callback::new(move |id| {
+        change.run(FlowView { text: Some(id), token: None, ..view.get_untracked() });
+    });
+    let texts = texts.iter().map(|FlowEntry { id, title, source, .. }| Choosable {
+        id: id.clone(),
+        title: title.clone(),
+        source: source.clone(),
+    });
+    let texts: Vec<Choosable> = texts.collect();
     view! {
-        <div class="controls">
-            <label for="text">"Text"</label>
-            <select id="text" on:change=move |event| {
-                let view = view.get_untracked();
-                change.run(FlowView { text: Some(event_target_value(&event)), token: None, ..view });
-            }>{options}</select>
+        <TextPicker texts=texts named=move || view.get().text choose=choose>
             <label class="check">
                 <input type="checkbox" id="live" prop:checked=move || view.get().live
                     on:change=move |e| change.run(FlowView { live: event_target_checked(&e), ..view.get_untracked() }) />
                 "encode it here"
             </label>
-            <button type="button" on:click=move |_| copy_link(ctx)>"Copy link"</button>
-            <span class="quiet">{move || current.get().map(|t| t.source)}</span>
-        </div>
+        </TextPicker>
     }
 }
 

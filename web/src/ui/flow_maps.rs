@@ -195,7 +195,7 @@ pub(super) fn LatentMap(shown: Shown, chosen: Chosen) -> impl IntoView {
                 {axis_x(n_tokens, 14, |token| token.to_string())}
             </div>
             <p class="axis-note">
-                "layers upwards, tokens to the right; the darkest is "{move || figures::value(f64::from(most()))}", here "
+                "layers upwards, tokens to the right; the strongest is "{move || figures::value(f64::from(most()))}", here "
                 {move || words.word(chosen.token.get())}
             </p>
         </section>
@@ -234,7 +234,7 @@ pub(super) fn TokenMap(shown: Shown, chosen: Chosen) -> impl IntoView {
                 {axis_x(n_layers, 10, move |layer| layers.layer_name(layer))}
             </div>
             <p class="axis-note">
-                "its strongest latents, at most "{ROWS}", by the layer they are centred on; the darkest is "
+                "its strongest latents, at most "{ROWS}", by the layer they are centred on; the strongest is "
                 {move || figures::value(f64::from(rows.with(|rows| largest(rows))))}
             </p>
         </section>
@@ -272,7 +272,7 @@ pub(super) fn LayerMap(shown: Shown, chosen: Chosen) -> impl IntoView {
                 {axis_x(n_tokens, 10, |token| token.to_string())}
             </div>
             <p class="axis-note">
-                "its strongest latents in the text, at most "{ROWS}"; the darkest is "
+                "its strongest latents in the text, at most "{ROWS}"; the strongest is "
                 {move || figures::value(f64::from(rows.with(|rows| largest(rows))))}
             </p>
         </section>

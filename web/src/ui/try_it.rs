@@ -9,8 +9,7 @@ use wasm_bindgen::JsCast;
 use web_sys::{HtmlElement, KeyboardEvent};
 
 use super::context::{ctx, load};
-use super::feature::copy_link;
-use super::parts::when;
+use super::parts::{Choosable, TextPicker, when};
 use super::tokens::{Legend, style};
 use super::try_panel::{CodesTable, Panel};
 use crate::backend::{self, Outcome};
@@ -74,27 +73,17 @@ fn chosen(texts: &[TextEntry], view: &TryView) -> Option<TextEntry> {
 
 #[component]
 fn Picker(texts: Arc<Vec<TextEntry>>, view: Memo<TryView>, change: Callback<TryView>) -> impl IntoView {
-    let ctx = ctx();
-    let (list, source) = (texts.clone(), texts);
-    let current = move || chosen(&source, &view.get());
-    let source = current.clone();
-    let options = list
-        .iter()
-        .map(|t| {
-            let (id, current) = (t.id.clone(), current.clone());
-            view! { <option value=t.id.clone() selected=move || current().is_some_and(|c| c.id == id)>{t.title.clone()}</option> }
-        })
-        .collect_view();
+    let choose = Callback::new(move |id| {
+        change.run(TryView { text: Some(id), token: None, ..view.get_untracked() });
+    });
+    let texts = texts.iter().map(|TextEntry { id, title, source, .. }| Choosable {
+        id: id.clone(),
+        title: title.clone(),
+        source: source.clone(),
+    });
+    let texts: Vec<Choosable> = texts.collect();
     view! {
-        <div class="controls">
-            <label for="text">"Text"</label>
-            <select id="text" on:change=move |event| {
-                let text = Some(event_target_value(&event));
-                change.run(TryView { text, token: None, ..view.get_untracked() });
-            }>{options}</select>
-            <span class="quiet">{move || source().map(|t| t.source)}</span>
-            <button type="button" on:click=move |_| copy_link(ctx)>"Copy link"</button>
-        </div>
+        <TextPicker texts=texts named=move || view.get().text choose=choose />
     }
 }
 

@@ -10,8 +10,9 @@ use shared::format::tensors;
 
 use super::{Args, pretty, write_one};
 use crate::evaluate::compare::family;
-use crate::evaluate::layers::plots::{self, Line};
+use crate::evaluate::layers::plots;
 use crate::evaluate::layers::{self, LayerReport, LayersReport, Measured, report};
+use crate::evaluate::lines::{self, Axis, Line};
 use crate::evaluate::{self, EvalReport, Options};
 use crate::files;
 use crate::model::LoadedModel;
@@ -119,17 +120,20 @@ fn by_layer_svg(all: &[(String, LayersReport)], singles: &[(String, EvalReport)]
             families.values_mut().for_each(|points| points.sort_by(|a, b| a.0.total_cmp(&b.0)));
             multi.chain(families.into_iter().map(|(name, points)| (name.to_owned(), points))).collect()
         };
-    plots::lines_svg(&[
-        ("FVU", lines(|layer| layer.fvu, |report| report.reconstruction.fvu)),
-        (
-            "delta loss, nats a token",
-            lines(
-                |layer| Some(layer.splice.as_ref()?.delta_loss),
-                |report| Some(report.splice.as_ref()?.delta_loss),
+    lines::svg(
+        Axis::Layer,
+        &[
+            ("FVU", lines(|layer| layer.fvu, |report| report.reconstruction.fvu)),
+            (
+                "delta loss, nats a token",
+                lines(
+                    |layer| Some(layer.splice.as_ref()?.delta_loss),
+                    |report| Some(report.splice.as_ref()?.delta_loss),
+                ),
             ),
-        ),
-        ("L0", lines(|layer| Some(layer.l0), |report| Some(report.reconstruction.l0))),
-    ])
+            ("L0", lines(|layer| Some(layer.l0), |report| Some(report.reconstruction.l0))),
+        ],
+    )
 }
 
 #[expect(clippy::cast_precision_loss, reason = "layers are few")]

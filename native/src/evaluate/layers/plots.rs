@@ -3,11 +3,10 @@
 use std::fmt::Write;
 
 use anyhow::{Context, Result, ensure};
-use plotters::coord::Shift;
 use plotters::prelude::*;
 use shared::metrics::{LayerUse, profile};
 
-use super::super::compare::COLOURS;
+use super::super::lines::{self, Axis, Line};
 use super::super::plot::{BAR, GRID, INK};
 use super::LayersReport;
 
@@ -165,9 +164,6 @@ pub fn spread_svg(title: &str, layer_use: &LayerUse) -> Result<String> {
     Ok(svg)
 }
 
-/// A line of a plot over layers: its name, and (layer, value).
-pub type Line = (String, Vec<(f64, f64)>);
-
 /// The cosine of each layer's vectors with the next layer's, and the latents they have in common.
 ///
 /// # Errors
@@ -183,71 +179,8 @@ pub fn cosine_svg(report: &LayersReport) -> Result<String> {
         line("active at both, on a token", |pair| pair.token_overlap),
         line("shared activation, over tokens", |pair| pair.shared_use),
     ];
-    lines_svg(&[("vectors of a layer and the next", vectors), ("latents of a layer and the next", latents)])
-}
-
-/// Panels side by side, each with a title for its values and lines over layers; empty ones are left out.
-///
-/// # Errors
-/// If there is no line, or drawing fails.
-pub fn lines_svg(panels: &[(&str, Vec<Line>)]) -> Result<String> {
-    let panels: Vec<_> =
-        panels.iter().filter(|(_, lines)| lines.iter().any(|(_, points)| !points.is_empty())).collect();
-    ensure!(!panels.is_empty(), "no layer has a figure, so there is nothing to draw");
-    let mut svg = String::new();
-    {
-        let area =
-            SVGBackend::with_string(&mut svg, (PANEL.0 * panels.len() as u32, PANEL.1)).into_drawing_area();
-        area.fill(&WHITE).context("cannot draw the plot")?;
-        for (part, (title, lines)) in area.split_evenly((1, panels.len())).iter().zip(&panels) {
-            lines_panel(part, title, lines)?;
-        }
-        area.present().context("cannot finish the plot")?;
-    }
-    Ok(svg)
-}
-
-fn lines_panel(area: &DrawingArea<SVGBackend<'_>, Shift>, title: &str, lines: &[Line]) -> Result<()> {
-    let points = || lines.iter().flat_map(|(_, points)| points);
-    let last = points().map(|point| point.0).fold(1.0, f64::max);
-    let top = points().map(|point| point.1).fold(0.0, f64::max) * 1.15;
-    let bottom = points().map(|point| point.1).fold(0.0, f64::min) * 1.15;
-    let mut chart = ChartBuilder::on(area)
-        .margin(16)
-        .x_label_area_size(44)
-        .y_label_area_size(64)
-        .build_cartesian_2d(0.0..last, bottom..top.max(1e-9))
-        .context("cannot draw the axes")?;
-    chart
-        .configure_mesh()
-        .light_line_style(TRANSPARENT)
-        .bold_line_style(GRID)
-        .axis_style(INK)
-        .label_style(("sans-serif", 13, &INK))
-        .x_desc("layer")
-        .y_desc(title)
-        .x_label_formatter(&|x| format!("{x:.0}"))
-        .draw()
-        .context("cannot draw the axes")?;
-    for (i, (name, points)) in lines.iter().enumerate().filter(|(_, (_, points))| !points.is_empty()) {
-        let colour = COLOURS[i % COLOURS.len()];
-        chart
-            .draw_series(LineSeries::new(points.iter().copied(), colour.stroke_width(2)))
-            .context("cannot draw a line")?
-            .label(name)
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(3)));
-        let marks = points.iter().map(|&point| Circle::new(point, 3, colour.filled()));
-        chart.draw_series(marks).context("cannot draw the marks")?;
-    }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::UpperRight)
-        .label_font(("sans-serif", 13, &INK))
-        .background_style(WHITE.mix(0.85))
-        .border_style(GRID)
-        .draw()
-        .context("cannot draw the legend")?;
-    Ok(())
+    let panels = [("vectors of a layer and the next", vectors), ("latents of a layer and the next", latents)];
+    lines::svg(Axis::Layer, &panels)
 }
 
 #[cfg(test)]
@@ -284,14 +217,5 @@ mod tests {
         let svg = spread_svg("spread", &layer_use()).unwrap();
         assert_eq!(svg.matches("fill=\"#2F6FB7\"").count(), 2);
         assert!(spread_svg("none", &LayerUse::new(4, 2)).is_err());
-    }
-
-    #[test]
-    fn panels_without_a_line_are_left_out() {
-        let line = ("a".to_owned(), vec![(0.0, 0.5), (1.0, 0.25)]);
-        let svg = lines_svg(&[("FVU", vec![line.clone()]), ("KL", vec![("a".to_owned(), vec![])])]).unwrap();
-        assert!(svg.contains("FVU") && !svg.contains("KL"));
-        assert_eq!(svg.matches("<circle").count(), 2);
-        assert!(lines_svg(&[("KL", vec![])]).is_err());
     }
 }
