@@ -346,6 +346,10 @@ impl Ops for CandleOps {
         Ok(logits)
     }
 
+    fn parallel(&self) -> &dyn Parallel {
+        &*self.parallel
+    }
+
     fn read<T>(&self, x: &Tensor, see: impl FnOnce(Rows<'_>) -> Result<T, LmError>) -> Result<T, LmError> {
         let (_, width) = x.dims2()?;
         with_values(x, |values| see(Rows::new(values, width)?))

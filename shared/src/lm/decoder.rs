@@ -5,11 +5,12 @@ use crate::{Rows, ShapeError};
 
 use super::candle::CandleOps;
 use super::ops::{Affine, Heads, Ops, QkNorm};
-use super::tokens::{kl, token_nll};
+use super::tokens::{Divergence, nll_and_kl, token_nll};
 use super::{LmError, NoTap, NormKind, Spec, Tap, TapAction, TokenBatch, Until};
 
-/// Logits held at once while losses are taken.
-const LOGITS_AT_ONCE: usize = 1 << 23;
+/// Logits held at once while losses are taken: enough rows that a product does not wait for the unembedding's weights, with a vocabulary
+/// of 2^18 too; less in a browser's memory.
+const LOGITS_AT_ONCE: usize = if cfg!(target_family = "wasm") { 1 << 23 } else { 1 << 25 };
 
 /// A language model that runs on the CPU (or in wasm) through candle.
 pub type LanguageModel = Decoder<CandleOps>;
@@ -126,45 +127,60 @@ impl<O: Ops> Decoder<O> {
         self.losses(tokens, &h)
     }
 
-    /// As [`Decoder::forward_nll_from`], and beside the losses `KL(untouched ‖ this)` of each of the same predictions,
-    /// `[batch, seq − 1]` in nats. `untouched` is the last block's residual stream of the other model, `[batch · seq, d_model]`.
+    /// As [`Decoder::forward_nll_from`], but what the last block leaves in the residual stream, `[batch · seq, d_model]`.
     ///
     /// # Errors
     /// As [`Decoder::forward_nll_from`].
-    pub fn forward_kl_from(
+    pub fn forward_last_from(
         &self,
         tokens: TokenBatch<'_>,
         residual: Rows<'_>,
         first: usize,
         tap: &mut dyn Tap,
-        untouched: Rows<'_>,
-    ) -> Result<(Vec<f32>, Vec<f32>), LmError> {
+    ) -> Result<Vec<f32>, LmError> {
         let h = self.upload_residual(tokens, residual)?;
         let h = self.run_blocks(tokens.seq(), h, first..self.spec.n_layers, tap)?;
-        let untouched = self.norm(&self.upload_residual(tokens, untouched)?, &self.final_norm)?;
+        self.ops.read(&h, |rows| Ok(rows.data().to_vec()))
+    }
+
+    /// What the predictions of other passes over `tokens` lose against an untouched one. All are given by the residual stream after the
+    /// last block, `[batch · seq, d_model]`, so that the untouched one's logits are computed once for all.
+    ///
+    /// # Errors
+    /// If a residual stream is of another shape.
+    pub fn divergences(
+        &self,
+        tokens: TokenBatch<'_>,
+        untouched: Rows<'_>,
+        changed: &[Rows<'_>],
+    ) -> Result<Vec<Vec<Divergence>>, LmError> {
+        let normed = |rows| self.norm(&self.upload_residual(tokens, rows)?, &self.final_norm);
+        let untouched = normed(untouched)?;
+        let changed = changed.iter().map(|rows| normed(*rows)).collect::<Result<Vec<_>, _>>()?;
         let (ids, seq, softcap) = (tokens.ids(), tokens.seq(), self.spec.final_softcap);
-        let n_predictions = tokens.batch() * (seq - 1);
-        let (mut losses, mut divergences) =
-            (Vec::with_capacity(n_predictions), Vec::with_capacity(n_predictions));
-        let changed = self.norm(&h, &self.final_norm)?;
+        let mut all = vec![Vec::with_capacity(tokens.batch() * (seq - 1)); changed.len()];
         let step = self.rows_at_once();
         for first in (0..tokens.n_tokens()).step_by(step) {
             let end = (first + step).min(tokens.n_tokens());
-            let [p, q] = [&untouched, &changed].map(|x| self.logits(x, first, end, softcap));
-            let (p, q) = (p?, q?);
-            self.ops.read(&p, |p| {
-                self.ops.read(&q, |q| {
-                    for (i, (p, q)) in (first..end).zip(p.iter().zip(q.iter())) {
-                        if (i + 1) % seq != 0 {
-                            losses.push(token_nll(q, ids[i + 1]));
-                            divergences.push(kl(p, q));
-                        }
-                    }
-                    Ok(())
-                })
-            })?;
+            let predicting: Vec<usize> = (first..end).filter(|i| (i + 1) % seq != 0).collect();
+            let p = self.logits(&untouched, first, end, softcap)?;
+            for (changed, out) in changed.iter().zip(&mut all) {
+                let q = self.logits(changed, first, end, softcap)?;
+                // A loss and a divergence for each prediction.
+                let mut pairs = vec![0f32; 2 * predicting.len()];
+                self.ops.read(&p, |p| {
+                    self.ops.read(&q, |q| {
+                        self.ops.parallel().for_each_piece(&mut pairs, 2, &|at, pair| {
+                            let i = predicting[at];
+                            pair.copy_from_slice(&nll_and_kl(p.row(i - first), q.row(i - first), ids[i + 1]));
+                        });
+                        Ok(())
+                    })
+                })?;
+                out.extend(pairs.chunks_exact(2).map(|pair| Divergence { nll: pair[0], kl: pair[1] }));
+            }
         }
-        Ok((losses, divergences))
+        Ok(all)
     }
 
     fn upload_residual(&self, tokens: TokenBatch<'_>, residual: Rows<'_>) -> Result<O::Rows, LmError> {

@@ -44,5 +44,5 @@ pub use safetensors::{FloatFormat, SafetensorsHeader, StoredTensor};
 pub use spec::{AttentionSpec, MlpActivation, MlpSpec, NormKind, NormSpec, RopeScaling, RopeSpec, Spec};
 pub use tap::{NoTap, Splicer, Steerer, Tap, TapAction, Taps, Until};
 pub use tokenizer::{BosHints, Tokenizer};
-pub use tokens::{TokenBatch, nll};
+pub use tokens::{Divergence, TokenBatch, nll};
 pub use weights::{Blueprint, TensorSource};

@@ -4,7 +4,7 @@
 
 use crate::Rows;
 
-use super::{LmError, MlpActivation, MlpSpec, NormKind};
+use super::{LmError, MlpActivation, MlpSpec, NormKind, Parallel};
 
 /// The geometry of one attention block.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -198,6 +198,9 @@ pub trait Ops {
         unembedding: &Self::Matrix,
         softcap: Option<f32>,
     ) -> Result<Self::Rows, LmError>;
+
+    /// What loops over values on the host run through.
+    fn parallel(&self) -> &dyn Parallel;
 
     /// Waits for `x` and shows it to `see`.
     ///

@@ -76,23 +76,37 @@ pub(crate) fn token_nll(row: &[f32], next: u32) -> f32 {
     (log_sum_exp(row) - f64::from(row[next as usize])) as f32
 }
 
-/// `KL(softmax(p) ‖ softmax(q))` in nats of two rows of logits of one length, summed in f64.
-pub(crate) fn kl(p: &[f32], q: &[f32]) -> f32 {
-    let (p_total, q_total) = (log_sum_exp(p), log_sum_exp(q));
-    // Σ pᵢ (log pᵢ − log qᵢ), with log pᵢ = logit − log-sum-exp.
-    let mut sums = [0f64; 8];
-    let term = |p: f32, q: f32| {
-        let log_p = f64::from(p) - p_total;
-        f64::from(super::math::exp(log_p as f32)) * (log_p - (f64::from(q) - q_total))
-    };
+/// What one prediction of a changed model costs, in nats.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Divergence {
+    /// −log of the probability of the token that came next.
+    pub nll: f32,
+    /// `KL(untouched ‖ changed)` of the predicted distributions.
+    pub kl: f32,
+}
+
+/// [`token_nll`] of the logits `q`, and `KL(softmax(p) ‖ softmax(q))` in nats, summed in f64.
+pub(crate) fn nll_and_kl(p: &[f32], q: &[f32], next: u32) -> [f32; 2] {
+    let largest = p.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let q_total = log_sum_exp(q);
+    // Σ softmax(p)ᵢ (pᵢ − qᵢ) − log Σ eᵖ + log Σ e^q: one exponential a logit, as in `log_sum_exp`.
+    let (mut weights, mut products) = ([0f64; 8], [0f64; 8]);
     let ((p_chunks, p_rest), (q_chunks, q_rest)) = (p.as_chunks::<8>(), q.as_chunks::<8>());
     for (p, q) in p_chunks.iter().zip(q_chunks) {
-        for ((sum, &p), &q) in sums.iter_mut().zip(p).zip(q) {
-            *sum += term(p, q);
+        for lane in 0..8 {
+            let weight = f64::from(super::math::exp(p[lane] - largest));
+            weights[lane] += weight;
+            products[lane] += weight * (f64::from(p[lane]) - f64::from(q[lane]));
         }
     }
-    let rest: f64 = p_rest.iter().zip(q_rest).map(|(&p, &q)| term(p, q)).sum();
-    (sums.iter().sum::<f64>() + rest) as f32
+    for (&p, &q) in p_rest.iter().zip(q_rest) {
+        let weight = f64::from(super::math::exp(p - largest));
+        weights[0] += weight;
+        products[0] += weight * (f64::from(p) - f64::from(q));
+    }
+    let (weight, product) = (weights.iter().sum::<f64>(), products.iter().sum::<f64>());
+    let kl = product / weight - (f64::from(largest) + weight.ln()) + q_total;
+    [(q_total - f64::from(q[next as usize])) as f32, kl as f32]
 }
 
 /// log Σ exp of a row of logits, summed in f64.

@@ -6,16 +6,19 @@
 use anyhow::{Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use shared::Rows;
-use shared::lm::{NoTap, TokenBatch};
+use shared::lm::{Divergence, NoTap, TokenBatch};
 use shared::tap::{Site, TapPoint};
 
 use super::super::splice::{Untouched, Written, counted, kept_positions, start};
-use super::super::{Options, Subject, TOKENS_PER_PASS};
+use super::super::{Options, Subject};
 use super::Dictionary;
 use crate::model::LoadedModel;
 use crate::progress;
 use crate::stop::{StopFlag, Stopped};
 use crate::store::{Split, Store};
+
+/// Tokens the language model runs at a time: what every layer's pass leaves of them is kept until their predictions are compared.
+const TOKENS_PER_PASS: usize = 512;
 
 /// Measured in the language model with one layer replaced; in nats a token.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -56,13 +59,15 @@ pub(super) fn all(
         let range = first * length..(first + per_pass).min(n) * length;
         let batch = TokenBatch::new(&tokens.ids[range.clone()], length)?;
         let pass = Pass::new(dictionary, model, batch, &kept[range.clone()])?;
-        for (layer, totals) in totals.iter_mut().enumerate() {
+        let mut changed = Vec::with_capacity(n_layers);
+        for layer in 0..n_layers {
             if stop.is_raised() {
                 return Err(Stopped.into());
             }
-            pass.splice(&dictionary.at(layer)?, totals)?;
+            changed.push(pass.splice(&dictionary.at(layer)?)?);
             bar.inc(range.len() as u64);
         }
+        pass.compare(&changed, &mut totals)?;
     }
     bar.finish_and_clear();
     totals.iter().map(Totals::report).collect()
@@ -92,25 +97,45 @@ impl<'a> Pass<'a> {
         Ok(Self { model, tokens, kept, seen, last, clean })
     }
 
-    fn splice(&self, subject: &Subject, totals: &mut Totals) -> Result<()> {
+    /// The model with the layer of `subject` replaced.
+    fn splice(&self, subject: &Subject) -> Result<Changed> {
         let input = self.seen.value(subject.input)?;
         let kept: Vec<bool> =
             self.kept.iter().zip(input.iter()).map(|(kept, x)| *kept || !subject.limit.keeps(x)).collect();
         let written = subject.reconstruct(input, &kept)?;
-        let (model, last) = (&self.model.model, self.seen.value(self.last)?);
-        let (spliced, kl) = if subject.input.site == Site::Resid {
+        let model = &self.model.model;
+        let last = if subject.input.site == Site::Resid {
             let residual = replaced(input, &written, &kept);
             let (residual, next) = (Rows::new(&residual, input.width())?, subject.input.layer + 1);
-            model.forward_kl_from(self.tokens, residual, next, &mut NoTap, last)?
+            model.forward_last_from(self.tokens, residual, next, &mut NoTap)?
         } else {
             let Some((before, first)) = start(subject.input) else {
                 bail!("a multi-layer SAE of {} cannot be spliced", subject.input)
             };
             let mut tap = Written { point: subject.output, rows: Some(written), kept: &kept };
-            model.forward_kl_from(self.tokens, self.seen.value(before)?, first, &mut tap, last)?
+            model.forward_last_from(self.tokens, self.seen.value(before)?, first, &mut tap)?
         };
-        totals.add(&self.clean, &spliced, &kl, &counted(&kept, self.tokens.seq()), self.tokens.seq())
+        Ok(Changed { last, counted: counted(&kept, self.tokens.seq()) })
     }
+
+    /// Adds what each of `changed` loses to its total.
+    fn compare(&self, changed: &[Changed], totals: &mut [Totals]) -> Result<()> {
+        let untouched = self.seen.value(self.last)?;
+        let rows = changed.iter().map(|changed| Rows::new(&changed.last, untouched.width()));
+        let rows = rows.collect::<Result<Vec<_>, _>>()?;
+        let found = self.model.model.divergences(self.tokens, untouched, &rows)?;
+        for ((changed, found), totals) in changed.iter().zip(found).zip(totals) {
+            totals.add(&self.clean, &found, &changed.counted, self.tokens.seq())?;
+        }
+        Ok(())
+    }
+}
+
+/// What the last block leaves with one layer replaced, and which predictions count.
+struct Changed {
+    /// `[tokens, d_model]`.
+    last: Vec<f32>,
+    counted: Vec<bool>,
 }
 
 /// `x` with those rows that are not kept replaced by `written`, in order.
@@ -135,30 +160,20 @@ struct Totals {
 }
 
 impl Totals {
-    fn add(
-        &mut self,
-        clean: &[f32],
-        spliced: &[f32],
-        kl: &[f32],
-        counted: &[bool],
-        length: usize,
-    ) -> Result<()> {
+    fn add(&mut self, clean: &[f32], spliced: &[Divergence], counted: &[bool], length: usize) -> Result<()> {
         ensure!(
-            [clean.len(), spliced.len(), kl.len()] == [counted.len(); 3],
+            [clean.len(), spliced.len()] == [counted.len(); 2],
             "the model made other predictions than asked for"
         );
         let per_sequence = length.saturating_sub(1).max(1);
         for start in (0..counted.len()).step_by(per_sequence) {
             let (mut n, mut difference) = (0u32, 0.0);
             for i in (start..start + per_sequence).filter(|&i| counted[i]) {
-                ensure!(
-                    spliced[i].is_finite() && kl[i].is_finite(),
-                    "the spliced pass gave a loss of {}",
-                    spliced[i]
-                );
+                let Divergence { nll, kl } = spliced[i];
+                ensure!(nll.is_finite() && kl.is_finite(), "the spliced pass gave a loss of {nll}");
                 self.clean += f64::from(clean[i]);
-                self.kl += f64::from(kl[i]);
-                (n, difference) = (n + 1, difference + f64::from(spliced[i]) - f64::from(clean[i]));
+                self.kl += f64::from(kl);
+                (n, difference) = (n + 1, difference + f64::from(nll) - f64::from(clean[i]));
             }
             if n > 0 {
                 self.n += u64::from(n);
