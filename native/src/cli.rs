@@ -27,6 +27,8 @@ struct Cli {
 enum Command {
     /// Run a language model over text and store the activations at chosen taps.
     Harvest(cmd::harvest::Args),
+    /// Fit linear maps that bring the residual stream of every layer into one space.
+    Lens(cmd::lens::Args),
     /// Train a sparse autoencoder from a store of activations.
     Train(cmd::train::Args),
     /// Measure a trained autoencoder: L0, FVU, delta loss, dead latents, density.
@@ -65,6 +67,7 @@ pub fn main() -> ExitCode {
     }
     let result = match &cli.command {
         Command::Harvest(args) => cmd::harvest::run(args),
+        Command::Lens(args) => cmd::lens::run(args),
         Command::Train(args) => cmd::train::run(args),
         Command::Eval(args) => cmd::eval::run(args),
         Command::Features(args) => cmd::features::run(args),

@@ -21,6 +21,7 @@ pub mod flow;
 pub mod harvest;
 pub mod hub;
 pub mod input_limit;
+pub mod lens;
 pub mod model;
 pub mod places;
 pub mod progress;

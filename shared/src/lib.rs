@@ -10,6 +10,7 @@
 //! - [`metrics`]: streaming accumulators (L0, FVU, dead latents, density).
 //! - [`tap`]: where activations are read; `lm` (feature `lm`): the transformer with those taps.
 //! - [`precision`]: the number formats a language model runs in.
+//! - [`lens`]: linear maps that bring all layers into one space.
 //! - [`pack`]: the files of a feature pack, in both directions.
 //! - [`config`]: strict TOML run configurations.
 //! - [`certify`]: how a fast backend reaches exactly the reference's active set.
@@ -29,6 +30,7 @@ pub mod format;
 pub mod forward;
 pub mod jumprelu;
 pub mod layer_thresholds;
+pub mod lens;
 #[cfg(feature = "lm")]
 pub mod lm;
 pub mod loss;

@@ -65,6 +65,10 @@ pub(crate) struct Args {
     /// Measure multi-layer autoencoders layer by layer, and their latents across layers.
     #[arg(long)]
     layers: bool,
+    /// With --layers, the lens before dictionaries that name one and do not hold it (mlsae's small files): a folder made by
+    /// `stratascope lens`, or a published tuned lens.
+    #[arg(long, value_name = "DIR", requires = "layers")]
+    lens: Option<PathBuf>,
     /// The text whose latents prompt.svg shows.
     #[arg(long, value_name = "TEXT", default_value = layers::prompt::PUBLISHED, requires = "layers")]
     prompt: String,

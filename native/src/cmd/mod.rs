@@ -8,6 +8,7 @@ pub(crate) mod eval;
 pub(crate) mod features;
 pub(crate) mod harvest;
 pub(crate) mod inspect;
+pub(crate) mod lens;
 pub(crate) mod lm;
 pub(crate) mod selftest;
 pub(crate) mod site;

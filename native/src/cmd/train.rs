@@ -15,10 +15,11 @@ use shared::tap::{Site, TapPoint};
 
 use crate::cuda;
 use crate::harvest::Live;
+use crate::lens;
 use crate::model;
 use crate::stop::StopFlag;
 use crate::train::{
-    ActivationSource, Job, LiveTaps, StoreTaps, Summary, VectorsFile, Wiring, run_all_on, spread,
+    ActivationSource, Job, LiveTaps, StoreTaps, Summary, Translated, VectorsFile, Wiring, run_all_on, spread,
 };
 
 /// Arguments of `train`.
@@ -49,6 +50,10 @@ pub(crate) struct Args {
     /// Instead of one dictionary for all layers one autoencoder of each, in a folder of its name: the controls of a multi-layer SAE.
     #[arg(long)]
     each_layer: bool,
+    /// Put a lens before a dictionary of several layers: a folder made by `stratascope lens`, or a published tuned lens. Its maps
+    /// become part of the result.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["vectors", "each_layer", "target"])]
+    lens: Option<PathBuf>,
     /// Reconstruct this tap from the other, such as mlp.14 from mlp_in.14: a transcoder.
     #[arg(long, value_name = "TAP", conflicts_with = "vectors")]
     target: Option<TapPoint>,
@@ -191,6 +196,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         (None, Some(folder)) => Arc::new(StoreTaps::open(folder)?),
         (None, None) => Arc::new(args.live(&jobs, &stop)?),
     };
+    let source = match &args.lens {
+        Some(path) => behind(source, path, &jobs)?,
+        None => source,
+    };
     let jobs = spread(jobs, &*source)?;
     for Job { name, config, .. } in &jobs {
         let wiring = Wiring::of(config, &*source)?;
@@ -248,6 +257,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         jobs.len()
     );
     Ok(())
+}
+
+/// `source` behind the lens at `path`.
+fn behind(source: Arc<dyn ActivationSource>, path: &Path, jobs: &[Job]) -> Result<Arc<dyn ActivationSource>> {
+    let several = |job: &Job| job.config.layers.is_some() && !job.config.each_layer;
+    ensure!(jobs.iter().all(several), "a lens is for dictionaries of several layers: give --layers");
+    Ok(Arc::new(Translated::new(source, &lens::read(path)?)?))
 }
 
 /// The taps that a harvest must read for a run.

@@ -168,6 +168,12 @@ pub(crate) fn metrics(report: &LayersReport) -> Metrics {
 
 /// That dictionary, store and model belong together at every layer.
 fn check(source: &Source<'_>, layers: &MultiLayer) -> Result<()> {
+    ensure!(
+        !layers.translated,
+        "texts across layers are not made of a dictionary behind a lens; a layer of it is an autoencoder of its own, such as \
+         runs/all#{}",
+        layers.layers.first().map_or_else(String::new, |layer| layer.tap.to_string())
+    );
     ensure!(!layers.layers.is_empty(), "the autoencoder names no layers");
     let dims = source.file.sae.dims();
     ensure!(dims.d_in == dims.d_out, "a transcoder of several layers has no flow");

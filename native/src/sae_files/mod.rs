@@ -136,9 +136,9 @@ fn read_local(path: &Path) -> Result<SaeFile> {
             if layers.is_file() {
                 let broken = || format!("{} is broken", layers.display());
                 let mut parsed: MultiLayer = serde_json::from_slice(&bytes(&layers)?).with_context(broken)?;
-                if parsed.thresholds_per_layer {
-                    let thresholds = bytes(&config.with_file_name(multi_layer::THRESHOLDS))?;
-                    parsed.read_thresholds(&thresholds, sae.dims().n_latents).with_context(wrong)?;
+                if parsed.has_tensors() {
+                    let tensors = bytes(&config.with_file_name(multi_layer::TENSORS))?;
+                    parsed.read_tensors(&tensors, sae.dims()).with_context(wrong)?;
                 }
                 metadata.layers = Some(parsed);
             }
@@ -249,8 +249,8 @@ pub fn release(path: &Path, file: &SaeFile) -> Result<()> {
 /// Writes the files of a SAELens folder, with the layers of a multi-layer SAE beside them.
 fn write_folder(path: &Path, folder: &saelens::Folder, metadata: &SaeMetadata) -> Result<()> {
     if let Some(layers) = &metadata.layers {
-        if let Some(thresholds) = layers.write_thresholds()? {
-            files::write_bytes(&path.join(multi_layer::THRESHOLDS), &thresholds)?;
+        if let Some(tensors) = layers.write_tensors()? {
+            files::write_bytes(&path.join(multi_layer::TENSORS), &tensors)?;
         }
         files::write_bytes(&path.join(LAYERS), &serde_json::to_vec_pretty(layers)?)?;
     }
@@ -275,7 +275,9 @@ fn read_layer(folder: &Path, tap: TapPoint) -> Result<SaeFile> {
     })?;
     file.sae = layers.at(&file.sae, number).with_context(|| folder.display().to_string())?;
     file.metadata.tap = Some(tap);
-    let limit = serde_json::json!(layers.layers[number].max_input_norm);
+    // Behind a lens the limit is one of translated vectors, and says nothing about raw ones.
+    let limit = layers.layers[number].max_input_norm.filter(|_| !layers.translated);
+    let limit = serde_json::json!(limit);
     file.metadata.provenance.insert(crate::input_limit::PROVENANCE_KEY.to_owned(), limit);
     Ok(file)
 }

@@ -144,7 +144,9 @@ impl Run<'_> {
                     Ok(Layer { tap, scale: of.scale / shared, max_input_norm: limit(of) })
                 };
                 let all = inputs.iter().zip(scales).map(layer).collect::<Result<Vec<_>>>()?;
-                metadata.layers = Some(MultiLayer::new(all, thresholds_of_layers(&trainer.params, shared)));
+                let layers = MultiLayer::new(all, thresholds_of_layers(&trainer.params, shared));
+                let lens: Vec<_> = inputs.iter().filter_map(|&tap| self.source.translator(tap)).collect();
+                metadata.layers = Some(if lens.is_empty() { layers } else { layers.behind(lens)? });
             }
         }
         Ok(SaeFile { sae: Sae::new(parts)?, metadata })
@@ -178,7 +180,9 @@ impl Run<'_> {
             let kept = x.chunks_exact(d_in).zip(y.chunks_exact(d_out)).filter(keeps);
             let (x, y): (Vec<&[f32]>, Vec<&[f32]>) = kept.unzip();
             let layers = file.metadata.layers.as_ref();
-            let sae = layers.map_or_else(|| Ok(file.sae.clone()), |all| all.at(&file.sae, number))?;
+            // The source has translated them.
+            let sae =
+                layers.map_or_else(|| Ok(file.sae.clone()), |all| all.of_translated(&file.sae, number))?;
             let backend = CpuBackend::new(sae);
             let mut fvu = Fvu::new(d_out);
             for (x, y) in x.chunks(1024).zip(y.chunks(1024)) {

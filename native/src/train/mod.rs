@@ -3,7 +3,7 @@
 //! [`suite`] is the loop, over one autoencoder or many (`controls` makes those of each layer); [`step`] is one step, sparse after the encoder product: `encode` (through
 //! `sieve` where it may) and `forward` find what is active and decode it, `latent` finds and applies the gradients of one latent;
 //! [`params`], [`adam`], [`init`], [`schedule`], [`pressure`] and `resample` are what a step changes and by how much; [`source`],
-//! [`vectors`], [`live`], [`normalise`] and [`order`] say which vectors come when; [`guard`] keeps bad batches out; [`checkpoint`],
+//! [`vectors`], [`live`], [`translated`], [`normalise`] and [`order`] say which vectors come when; [`guard`] keeps bad batches out; [`checkpoint`],
 //! [`log`], `events` and, at the end, `finish` are what a run leaves on disk. The maths is defined, and judged, by [`shared::loss`].
 
 pub mod adam;
@@ -34,6 +34,7 @@ pub mod source;
 pub mod speed;
 pub mod step;
 pub mod suite;
+pub mod translated;
 pub mod vectors;
 
 pub use adam::Betas;
@@ -49,4 +50,5 @@ pub use sieve::has_bf16;
 pub use source::{ActivationSource, SourceTap, Statistics, StoreTaps, Vectors, Wiring};
 pub use step::{Settings, Trainer};
 pub use suite::{Job, run, run_all, run_all_on};
+pub use translated::Translated;
 pub use vectors::VectorsFile;

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use shared::config::train::{Layers, TrainConfig};
 use shared::format::SaeMetadata;
+use shared::lens::Translator;
 use shared::tap::{Site, TapPoint};
 
 use crate::store::{Split, Store};
@@ -91,6 +92,11 @@ pub trait ActivationSource: Send + Sync {
     fn provenance(&self) -> &Value;
     /// What the weights should say about the data they read, but for the tap.
     fn metadata(&self) -> SaeMetadata;
+    /// The map that made the vectors of `tap` from the language model's, where there is one.
+    fn translator(&self, tap: usize) -> Option<Arc<Translator>> {
+        let _ = tap;
+        None
+    }
 }
 
 /// What an autoencoder reads, and what it reconstructs.

@@ -2,7 +2,8 @@
 //!
 //! `encoder.weight [n, d]` without a bias, `decoder.weight [d, n]`, `pre_encoder_bias [d]`; top-k. With `standardize`, its
 //! default, every vector is standardised on its own. The larger files with the language model beside the autoencoder
-//! (names ending in `-tfm`) have the same tensors behind `autoencoder.` and a configuration of their own.
+//! (names ending in `-tfm`) have the same tensors behind `autoencoder.` and a configuration of their own; where that says
+//! `tuned_lens`, they have the maps of the lens that vectors went through (the small files beside, ending in `-lens`, do not).
 
 use serde_json::{Map, Value, json};
 
@@ -10,6 +11,7 @@ use super::error::FormatError;
 use super::fold;
 use super::metadata::SaeMetadata;
 use super::tensors::{TensorFile, serialize, transpose};
+use super::tuned_lens;
 use crate::multi_layer::{Layer, MultiLayer};
 use crate::row_scaling::RowScaling;
 use crate::sae::{Activation, Sae, SaeParts};
@@ -21,6 +23,8 @@ pub const CONFIG: &str = "config.json";
 pub const WEIGHTS: &str = "model.safetensors";
 /// What stands before the names of tensors where a language model's stand beside them.
 const PREFIX: &str = "autoencoder.";
+/// What stands before the names of a lens's tensors, beside a language model.
+const LENS: &str = "lens.layer_translators.";
 /// Under which metadata keeps a foreign configuration.
 const PROVENANCE: &str = "mlsae";
 
@@ -37,13 +41,13 @@ pub fn is_mlsae(config: &[u8]) -> bool {
 #[must_use]
 pub fn is_weight(name: &str) -> bool {
     let name = name.strip_prefix(PREFIX).unwrap_or(name);
-    matches!(name, "encoder.weight" | "decoder.weight" | "pre_encoder_bias")
+    matches!(name, "encoder.weight" | "decoder.weight" | "pre_encoder_bias") || name.starts_with(LENS)
 }
 
 /// Reads the two files.
 ///
 /// # Errors
-/// If a part does not parse, there is a lens, sizes disagree or a weight is not finite.
+/// If a part does not parse, a lens is missing, sizes disagree or a weight is not finite.
 pub fn read(config: &[u8], weights: &[u8]) -> Result<(Sae, SaeMetadata), FormatError> {
     let mut cfg: Map<String, Value> =
         serde_json::from_slice(config).map_err(|e| FormatError::container(CONFIG, e))?;
@@ -52,10 +56,13 @@ pub fn read(config: &[u8], weights: &[u8]) -> Result<(Sae, SaeMetadata), FormatE
         Some(Value::Bool(false)) => RowScaling::None,
         Some(other) => return Err(FormatError::field(CONFIG, "standardize", "true or false", other)),
     };
-    for key in ["lens", "tuned_lens"] {
-        if let Some(lens) = cfg.get(key).filter(|lens| lens.as_bool() != Some(false)) {
-            return Err(FormatError::field(CONFIG, key, "false (one autoencoder, not one a layer)", lens));
-        }
+    if let Some(lens) = cfg.get("lens").filter(|lens| lens.as_bool() != Some(false)) {
+        return Err(FormatError::field(
+            CONFIG,
+            "lens",
+            "false (its maps are in the file with the language model)",
+            lens,
+        ));
     }
     let count = |key: &str| {
         let value = cfg.get(key).unwrap_or(&Value::Null);
@@ -96,6 +103,19 @@ pub fn read(config: &[u8], weights: &[u8]) -> Result<(Sae, SaeMetadata), FormatE
         layers: several_layers(&cfg),
         ..SaeMetadata::default()
     };
+    if cfg.get("tuned_lens").is_some_and(|lens| lens.as_bool() != Some(false)) {
+        // Where `layers` is absent they are all of them: as many as there are maps.
+        let lens = tuned_lens::read_tensors(WEIGHTS, &file, LENS)?;
+        let all = (0..lens.len()).map(|layer| Layer::of_raw(TapPoint::new(Site::Resid, layer)));
+        let layers = match (metadata.layers.take(), metadata.tap.take()) {
+            (Some(layers), _) => layers,
+            (None, Some(tap)) => MultiLayer::new(vec![Layer::of_raw(tap)], Vec::new()),
+            (None, None) => MultiLayer::new(all.collect(), Vec::new()),
+        };
+        // The published program gives the first maps to the layers there are.
+        let maps = lens.into_iter().take(layers.layers.len()).collect();
+        metadata.layers = Some(layers.behind(maps).map_err(|e| FormatError::weights(WEIGHTS, e))?);
+    }
     if let Some(Value::Object(ours)) = cfg.remove("stratascope") {
         metadata.provenance = ours;
     }
@@ -116,7 +136,7 @@ fn several_layers(cfg: &Map<String, Value>) -> Option<MultiLayer> {
     let layers = cfg.get("layers")?.as_array().filter(|layers| layers.len() > 1)?;
     let layer = |layer: &Value| {
         let tap = TapPoint::new(Site::Resid, usize::try_from(layer.as_u64()?).ok()?);
-        Some(Layer { tap, scale: 1.0, max_input_norm: None })
+        Some(Layer::of_raw(tap))
     };
     Some(MultiLayer::new(layers.iter().map(layer).collect::<Option<_>>()?, Vec::new()))
 }
@@ -126,6 +146,14 @@ fn layer_numbers(metadata: &SaeMetadata) -> Result<Vec<usize>, FormatError> {
     let Some(several) = &metadata.layers else {
         return Ok(metadata.tap.iter().map(|tap| tap.layer).collect());
     };
+    if several.translated {
+        return Err(FormatError::field(
+            CONFIG,
+            "lens",
+            "none: only files with the language model hold one",
+            "a lens",
+        ));
+    }
     let number = |layer: &Layer| match layer.tap.site {
         Site::Resid if layer.scale == 1.0 => Ok(layer.tap.layer),
         Site::Resid => {
@@ -232,6 +260,7 @@ mod tests {
             ("standardize", json!("yes"), "config.json: standardize"),
             ("standardize", Value::Null, "config.json: standardize"),
             ("lens", json!(true), "config.json: lens"),
+            ("tuned_lens", json!(true), "model.safetensors: 0.weight"),
             ("k", json!(-1), "config.json: k"),
             ("n_latents", json!(4), "config.json: n_latents: wanted 3"),
         ] {
@@ -258,6 +287,39 @@ mod tests {
         assert_eq!(sae.rows(), RowScaling::LAYER_NORM);
         assert_eq!(metadata.tap, Some(TapPoint::new(Site::Resid, 4)));
         assert_eq!(metadata.model_name.as_deref(), Some("EleutherAI/pythia-70m-deduped"));
+    }
+
+    #[test]
+    fn a_lens_beside_the_language_model_is_read_and_cannot_be_written() {
+        let cfg = json!({"model_name": "m", "expansion_factor": 2, "n_latents": 3, "n_inputs": 2, "k": 2, "tuned_lens": true});
+        let map = |i: usize| [format!("{LENS}{i}.weight"), format!("{LENS}{i}.bias")];
+        let (maps, plain) = ([map(0), map(1)], weights("autoencoder."));
+        let plain = TensorFile::open(WEIGHTS, &plain).unwrap();
+        let all: Vec<(String, Vec<usize>, Vec<f32>)> = plain
+            .names()
+            .into_iter()
+            .map(|name| (name.to_owned(), plain.shape(name).unwrap(), plain.read(name).unwrap().data))
+            .chain(maps.iter().flat_map(|[weight, bias]| {
+                [
+                    (weight.clone(), vec![2, 2], vec![1.0, 1.0, 0.0, 3.0]),
+                    (bias.clone(), vec![2], vec![1.0, -1.0]),
+                ]
+            }))
+            .collect();
+        let all: Vec<(&str, &[usize], &[f32])> =
+            all.iter().map(|(name, shape, values)| (name.as_str(), &shape[..], &values[..])).collect();
+        assert!(all.iter().all(|(name, ..)| is_weight(name)));
+        let (sae, metadata) = read(cfg.to_string().as_bytes(), &serialize(WEIGHTS, &all).unwrap()).unwrap();
+        let layers = metadata.layers.as_ref().unwrap();
+        assert_eq!(
+            (layers.layers.len(), layers.translator(1).unwrap().inverse()),
+            (2, &[0.5, -0.125, 0.0, 0.25][..])
+        );
+        assert!(
+            layers.at(&sae, 0).is_err() && layers.of_translated(&sae, 0).is_ok(),
+            "standardised behind it"
+        );
+        assert!(write(&sae, &metadata).unwrap_err().to_string().contains("lens"));
     }
 
     #[test]

@@ -19,6 +19,7 @@ mod saelens_config;
 pub mod sparsify;
 pub mod tensors;
 mod torch;
+pub mod tuned_lens;
 
 pub use error::FormatError;
 pub use metadata::{SaeMetadata, hook_name, tap_of_hook};

@@ -4,7 +4,9 @@
 //! Two versions, under two names. *Weighted* is the decomposition of one distribution, P(l, t, j) proportional to the activation:
 //! `Var(L) ≥ E[Var(L | J)] ≥ E[Var(L | J, T)]`, each pair (t, j) by its share of all activation. *Published* is what the paper's
 //! program computes, for comparison: means over all pairs, inactive ones included, whose distributions then do not sum to 1, batch by
-//! batch.
+//! batch. The published ratio of the last two is small however many layers a latent is active at on a token: q = mean_t p sums to the
+//! latent's density a, so that `Σ l² q − (Σ l q)²` is a E[L²] − a² E[L]², about the mean square of the layer's number and no variance.
+//! [`OnToken`] counts instead.
 
 use serde::{Deserialize, Serialize};
 
@@ -20,9 +22,28 @@ pub struct LayerVariance {
     /// Σ over pairs of their activation times their variance, and of their activation.
     within: f64,
     weight: f64,
+    /// Pairs of a latent and a token where it was active, layers of them, pairs of one layer, and activation of those.
+    pairs: u64,
+    layers: u64,
+    single: u64,
+    single_weight: f64,
     published: [f64; 3],
     ratios: [f64; 2],
     n_batches: u32,
+}
+
+/// At how many layers a latent is active on a token, over all pairs where it is active at one or more.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OnToken {
+    /// Pairs of a latent and a token.
+    pub pairs: u64,
+    /// Mean number of layers.
+    pub layers: f64,
+    /// Share of pairs with a single layer.
+    pub single: f64,
+    /// Share of all activation in those.
+    pub single_weighted: f64,
 }
 
 /// A decomposition of the variance of the layer.
@@ -46,7 +67,21 @@ impl LayerVariance {
     #[must_use]
     pub fn new(n_latents: usize, n_layers: usize) -> Self {
         let (published, ratios) = ([0.0; 3], [0.0; 2]);
-        Self { n_latents, n_layers, within: 0.0, weight: 0.0, published, ratios, n_batches: 0 }
+        let (within, weight, single_weight) = (0.0, 0.0, 0.0);
+        let (pairs, layers, single, n_batches) = (0, 0, 0, 0);
+        Self {
+            n_latents,
+            n_layers,
+            within,
+            weight,
+            pairs,
+            layers,
+            single,
+            single_weight,
+            published,
+            ratios,
+            n_batches,
+        }
     }
 
     /// Adds the codes of the same rows at every layer: a batch of the published version (2048 tokens there).
@@ -80,6 +115,7 @@ impl LayerVariance {
                 let variance = variance(&shares);
                 (self.within, self.weight) = (self.within + weight * variance, self.weight + weight);
                 of_pairs += variance;
+                self.count(pair.len(), weight);
                 let start = pair[0].0 as usize * self.n_layers;
                 let sums = &mut sums[start..start + self.n_layers];
                 sums.iter_mut().zip(&shares).for_each(|(sum, share)| *sum += share);
@@ -87,6 +123,27 @@ impl LayerVariance {
         }
         self.add_published(&sums, of_pairs, n_rows);
         Ok(())
+    }
+
+    /// Counts a pair of a latent and a token, active at `n_layers`.
+    fn count(&mut self, n_layers: usize, weight: f64) {
+        (self.pairs, self.layers) = (self.pairs + 1, self.layers + n_layers as u64);
+        if n_layers == 1 {
+            (self.single, self.single_weight) = (self.single + 1, self.single_weight + weight);
+        }
+    }
+
+    /// At how many layers latents were active on tokens; `None` when nothing was active.
+    #[must_use]
+    #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^53")]
+    pub fn on_token(&self) -> Option<OnToken> {
+        let pairs = self.pairs as f64;
+        (self.pairs > 0).then(|| OnToken {
+            pairs: self.pairs,
+            layers: self.layers as f64 / pairs,
+            single: self.single as f64 / pairs,
+            single_weighted: self.single_weight / self.weight,
+        })
     }
 
     #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^53")]
@@ -167,7 +224,11 @@ mod tests {
     fn both_versions_by_hand() {
         let (mut variance, mut layer_use) = (LayerVariance::new(2, 2), LayerUse::new(2, 2));
         assert!(variance.published().is_none() && variance.weighted(&layer_use).is_none());
+        assert!(variance.on_token().is_none());
         variance.update(&layers()).unwrap();
+        // Latent 0 at one layer on each token, 2 each; latent 1 at both on the first, 2 in all.
+        let on_token = OnToken { pairs: 3, layers: 4.0 / 3.0, single: 2.0 / 3.0, single_weighted: 4.0 / 6.0 };
+        assert_eq!(variance.on_token(), Some(on_token));
         layer_use.update(&layers()).unwrap();
         close(variance.weighted(&layer_use).unwrap(), [0.25, 0.25, 1.0 / 12.0, 1.0, 1.0 / 3.0]);
         let (total, latent, token) = (0.375 - 0.375 * 0.375, (0.25 + 0.1875) / 2.0, 0.0625);

@@ -17,7 +17,7 @@ pub use density::{Density, Log10Histogram};
 pub use fvu::Fvu;
 pub use l0::L0;
 pub use layer_use::{LayerProfile, LayerUse, profile};
-pub use layer_variance::{Decomposition, LayerVariance};
+pub use layer_variance::{Decomposition, LayerVariance, OnToken};
 
 /// `a / b` of two counts, `None` when `b` is zero.
 fn ratio(a: u64, b: u64) -> Option<f64> {

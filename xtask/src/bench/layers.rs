@@ -16,7 +16,7 @@ use crate::report::Report;
 use crate::run::Program;
 
 /// The tables of `configs/layers.toml`.
-const STAGES: [&str; 3] = ["harvest", "train", "eval"];
+const STAGES: [&str; 5] = ["harvest", "train", "eval", "lens", "behind"];
 
 /// Arguments of `bench layers`.
 #[derive(Debug, clap::Args)]
@@ -53,10 +53,16 @@ pub(crate) fn run(places: &Places, args: &Args) -> Result<()> {
     bench.harvest(&mut stages, &model, &text)?;
     let saes = bench.train(&mut stages)?;
     bench.eval(&mut stages, &saes, &model)?;
-    let folder = bench.work.join("eval");
-    let table = folder.join("compare.md");
-    println!("{}", fs::read_to_string(&table).with_context(|| format!("cannot read {}", table.display()))?);
-    println!("tables and plots: {}", folder.display());
+    bench.behind_lens(&mut stages, &model)?;
+    for table in
+        [bench.work.join("eval").join("compare.md"), bench.work.join("eval-behind").join("layers.md")]
+    {
+        println!(
+            "{}",
+            fs::read_to_string(&table).with_context(|| format!("cannot read {}", table.display()))?
+        );
+    }
+    println!("tables and plots: {}", bench.work.display());
     drop(lock);
     Ok(())
 }
@@ -98,11 +104,31 @@ impl Bench<'_> {
 
     fn eval(&self, stages: &mut Stages<'_>, saes: &[PathBuf], model: &Input) -> Result<()> {
         let out = self.work.join("eval");
+        let why = "measures all on held-out text, layer by layer";
+        let eval = self.measure(saes, model, &out)?;
+        stages.run("eval", why, &out, false, &[self.configs.text("eval")?], eval)
+    }
+
+    fn measure(&self, saes: &[PathBuf], model: &Input, out: &Path) -> Result<Program> {
         let eval = self.native("eval").arg("--layers").args(self.configs.arguments("eval")?);
         let eval = eval.arg("--sae").args(saes).arg("--store").arg(self.store());
-        let eval = eval.arg("--model").arg(&model.path).arg("--out").arg(&out);
-        let why = "measures all on held-out text, layer by layer";
-        stages.run("eval", why, &out, false, &[self.configs.text("eval")?], eval)
+        Ok(eval.arg("--model").arg(&model.path).arg("--out").arg(out))
+    }
+
+    /// A lens, an autoencoder behind it, and its measures.
+    fn behind_lens(&self, stages: &mut Stages<'_>, model: &Input) -> Result<()> {
+        let [lens, out, figures] = ["lens", "behind", "eval-behind"].map(|name| self.work.join(name));
+        let fit = self.native("lens").args(self.configs.arguments("lens")?);
+        let fit = fit.arg("--store").arg(self.store()).arg("--out").arg(&lens);
+        let why = "fits a linear map of every layer to the last";
+        stages.run("lens", why, &lens, false, &[self.configs.text("lens")?], fit)?;
+        let train = self.native("train").arg("--config").arg(self.configs.path("behind")?);
+        let train = train.arg("--store").arg(self.store()).arg("--lens").arg(&lens).arg("--out").arg(&out);
+        let why = "fits an autoencoder behind it";
+        stages.run("behind", why, &out, false, &[self.configs.text("behind")?], train)?;
+        let eval = self.measure(std::slice::from_ref(&out), model, &figures)?;
+        let why = "measures that one too";
+        stages.run("eval-behind", why, &figures, false, &[self.configs.text("eval")?], eval)
     }
 }
 

@@ -7,6 +7,8 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use shared::format::tensors;
+use shared::format::tuned_lens::Lens;
+use shared::multi_layer::Layer;
 
 use super::{Args, pretty, write_one};
 use crate::evaluate::compare::family;
@@ -15,6 +17,7 @@ use crate::evaluate::layers::{self, LayerReport, LayersReport, Measured, report}
 use crate::evaluate::lines::{self, Axis, Line};
 use crate::evaluate::{self, EvalReport, Options};
 use crate::files;
+use crate::lens;
 use crate::model::LoadedModel;
 use crate::sae_files::SaeFile;
 use crate::stop::StopFlag;
@@ -36,7 +39,13 @@ pub(super) fn run(
     ensure!(!dictionaries.is_empty(), "none of the autoencoders is of several layers; leave --layers out");
     let mut all: Vec<(String, LayersReport)> = Vec::new();
     let alone = dictionaries.len() == 1 && controls.is_empty();
+    let lens = args.lens.as_deref().map(lens::read).transpose()?;
     for (name, file) in dictionaries {
+        let behind = match &lens {
+            Some(lens) => behind(file, lens, store).with_context(|| name.clone())?,
+            None => file.clone(),
+        };
+        let file = &behind;
         let measured = layers::evaluate(file, store, model, options, stop).with_context(|| name.clone())?;
         let folder = if alone { args.out.clone() } else { args.out.join(&name) };
         write_figures(&measured, &folder)?;
@@ -77,6 +86,18 @@ pub(super) fn run(
         }
     }
     Ok(())
+}
+
+/// `file` behind a lens that it does not hold.
+fn behind(file: &SaeFile, lens: &Lens, store: &Store) -> Result<SaeFile> {
+    let layers = layers::layers_of(file, store)?;
+    ensure!(!layers.translated, "it holds a lens of its own; leave --lens out");
+    let number = |layer: &Layer| lens.get(layer.tap.layer).cloned();
+    let maps: Option<Vec<_>> = layers.layers.iter().map(number).collect();
+    let maps = maps.with_context(|| format!("the lens has {} maps, fewer than it has layers", lens.len()))?;
+    let mut file = file.clone();
+    file.metadata.layers = Some(layers.behind(maps)?);
+    Ok(file)
 }
 
 fn write_figures(measured: &Measured, folder: &Path) -> Result<()> {

@@ -7,8 +7,8 @@ use anyhow::{Result, ensure};
 use shared::metrics::{Fvu, L0, LayerCosine, LayerOverlap, LayerUse, LayerVariance};
 use shared::{Codes, CodesBuilder, Rows};
 
-use super::super::{ENCODE_ROWS, Subject};
-use super::Dictionary;
+use super::super::ENCODE_ROWS;
+use super::{AtLayer, Dictionary};
 use crate::progress;
 use crate::stop::{StopFlag, Stopped};
 use crate::store::{Shard, Split, Store};
@@ -18,6 +18,8 @@ use crate::store::{Shard, Split, Store};
 pub struct LayerMeters {
     /// Error and variance, of vectors in raw units.
     pub fvu: Fvu,
+    /// The same before a lens is undone.
+    pub fvu_translated: Option<Fvu>,
     /// Active latents.
     pub l0: L0,
     /// Vectors left out for their norm.
@@ -51,7 +53,12 @@ pub(super) fn held_out(dictionary: &Dictionary<'_>, store: &Store, stop: &StopFl
     let width = dictionary.file.sae.dims().d_in;
     let mut encoded = Encoded {
         layers: (0..n_layers)
-            .map(|_| LayerMeters { fvu: Fvu::new(width), l0: L0::default(), n_outliers: 0 })
+            .map(|layer| LayerMeters {
+                fvu: Fvu::new(width),
+                fvu_translated: dictionary.layers.translator(layer).map(|_| Fvu::new(width)),
+                l0: L0::default(),
+                n_outliers: 0,
+            })
             .collect(),
         layer_use: LayerUse::new(n_latents, n_layers),
         variance: LayerVariance::new(n_latents, n_layers),
@@ -68,10 +75,12 @@ pub(super) fn held_out(dictionary: &Dictionary<'_>, store: &Store, stop: &StopFl
         let mut batches: Vec<Vec<Codes>> = Vec::new();
         let mut below: Option<(Shard, Vec<bool>)> = None;
         for layer in 0..n_layers {
-            let subject = dictionary.at(layer)?;
-            let shard = store.read_shard(subject.input, Split::HeldOut, index)?;
-            let x = Rows::new(&shard.vectors, shard.width)?;
-            let kept: Vec<bool> = x.iter().map(|row| subject.limit.keeps(row)).collect();
+            let at = dictionary.at(layer)?;
+            let shard = store.read_shard(at.subject.input, Split::HeldOut, index)?;
+            let raw = Rows::new(&shard.vectors, shard.width)?;
+            let read = at.read(raw)?;
+            let x = Rows::new(&read, shard.width)?;
+            let kept: Vec<bool> = x.iter().map(|row| at.subject.limit.keeps(row)).collect();
             batches.resize_with(x.n_rows().div_ceil(ENCODE_ROWS), Vec::new);
             for (batch, codes) in batches.iter_mut().enumerate() {
                 if stop.is_raised() {
@@ -79,17 +88,18 @@ pub(super) fn held_out(dictionary: &Dictionary<'_>, store: &Store, stop: &StopFl
                 }
                 let rows = batch * ENCODE_ROWS..((batch + 1) * ENCODE_ROWS).min(x.n_rows());
                 let meters = &mut encoded.layers[layer];
-                let here = x.slice(rows.start, rows.end);
+                let here = [raw, x].map(|x| x.slice(rows.start, rows.end));
                 let scale = dictionary.layers()[layer].scale;
-                codes.push(meters.encode(&subject, here, &kept[rows.clone()], scale)?);
+                codes.push(meters.encode(&at, here, &kept[rows.clone()], scale)?);
                 bar.inc(rows.len() as u64);
             }
             if let Some((below, kept_below)) = &below {
                 let both: Vec<bool> = kept.iter().zip(kept_below).map(|(a, b)| *a && *b).collect();
                 let lower = chosen(Rows::new(&below.vectors, below.width)?, &both);
-                let upper = chosen(x, &both);
+                let upper = chosen(raw, &both);
                 encoded.cosines[layer - 1].update([Rows::new(&lower, width)?, Rows::new(&upper, width)?])?;
             }
+            drop(read);
             below = Some((shard, kept));
         }
         for layers in &batches {
@@ -103,13 +113,18 @@ pub(super) fn held_out(dictionary: &Dictionary<'_>, store: &Store, stop: &StopFl
 }
 
 impl LayerMeters {
-    /// Encodes and decodes the kept rows of `x`; the codes of all rows, in units of `scale`.
-    fn encode(&mut self, subject: &Subject, x: Rows<'_>, kept: &[bool], scale: f64) -> Result<Codes> {
+    /// Encodes and decodes the kept rows of `x`, of which `raw` was read; the codes of all rows, in units of `scale`.
+    fn encode(&mut self, at: &AtLayer, [raw, x]: [Rows<'_>; 2], kept: &[bool], scale: f64) -> Result<Codes> {
         let within = chosen(x, kept);
         let rows = Rows::new(&within, x.width())?;
-        let codes = subject.backend.encode(rows)?;
-        let reconstruction = subject.backend.decode(rows, &codes)?;
-        self.fvu.update(rows, Rows::new(&reconstruction, x.width())?)?;
+        let codes = at.subject.backend.encode(rows)?;
+        let reconstruction = at.subject.backend.decode(rows, &codes)?;
+        if let Some(fvu) = &mut self.fvu_translated {
+            fvu.update(rows, Rows::new(&reconstruction, x.width())?)?;
+        }
+        let reconstruction = at.write(reconstruction)?;
+        let wanted = chosen(raw, kept);
+        self.fvu.update(Rows::new(&wanted, x.width())?, Rows::new(&reconstruction, x.width())?)?;
         self.l0.update(&codes);
         self.n_outliers += (x.n_rows() - rows.n_rows()) as u64;
         in_units(&codes, kept, scale)

@@ -9,9 +9,14 @@ pub mod prompt;
 pub mod report;
 pub mod splice;
 
+use std::borrow::Cow;
+use std::sync::Arc;
+
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
-use shared::metrics::{Decomposition, LayerUse, profile};
+use shared::Rows;
+use shared::lens::Translator;
+use shared::metrics::{Decomposition, Fvu, LayerUse, OnToken, profile};
 use shared::multi_layer::{Layer, MultiLayer};
 use shared::tap::{Site, TapPoint};
 
@@ -19,6 +24,7 @@ use super::{Options, Subject, check_tap};
 use crate::cpu::CpuBackend;
 use crate::features::geometry;
 use crate::input_limit::InputLimit;
+use crate::lens;
 use crate::model::LoadedModel;
 use crate::sae_files::SaeFile;
 use crate::stop::StopFlag;
@@ -57,6 +63,9 @@ pub struct LayersReport {
     pub weighted: Option<Decomposition>,
     /// As the paper's program has it: means over all pairs of latents and tokens, inactive ones included.
     pub published: Option<Decomposition>,
+    /// At how many layers latents are active on a token; absent when nothing was active.
+    #[serde(default)]
+    pub on_token: Option<OnToken>,
     /// Mean over latents of the largest cosine between their direction and another's.
     pub mmcs: f64,
     /// Pearson's correlation, over neighbouring layers, of centred cosine and of latents in common on a token.
@@ -79,6 +88,9 @@ pub struct LayerReport {
     pub l0: f64,
     /// Fraction of variance unexplained; absent when the vectors do not vary.
     pub fvu: Option<f64>,
+    /// The same of translated vectors, before the lens is undone (as published); absent without a lens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fvu_translated: Option<f64>,
     /// Share of latents never active at this layer.
     pub dead_share: f64,
     /// Spliced into the language model at this layer alone; absent when no model was given.
@@ -158,19 +170,7 @@ impl<'a> Dictionary<'a> {
     /// # Errors
     /// If it is of one layer, or the store lacks one of its layers.
     pub fn new(file: &'a SaeFile, store: &Store) -> Result<Self> {
-        let taps = &store.manifest().taps;
-        let layers = match (&file.metadata.layers, file.metadata.tap) {
-            (Some(layers), _) => layers.clone(),
-            (None, Some(tap)) => anyhow::bail!(
-                "the autoencoder is of one layer, {tap}; `eval` without --layers measures it, as does --layers beside one of several"
-            ),
-            (None, None) => {
-                let points = taps.iter().map(|tap| tap.point).filter(|point| point.site == Site::Resid);
-                let layer = |tap| Layer { tap, scale: 1.0, max_input_norm: None };
-                MultiLayer::new(points.map(layer).collect(), Vec::new())
-            }
-        };
-        ensure!(!layers.layers.is_empty(), "the store holds no layer of the residual stream");
+        let layers = layers_of(file, store)?;
         let width = file.sae.dims().d_in;
         layers.layers.iter().try_for_each(|layer| check_tap(store, layer.tap, width, "reads"))?;
         Ok(Self { file, layers })
@@ -188,12 +188,54 @@ impl<'a> Dictionary<'a> {
         self.file.sae.dims().n_latents
     }
 
-    /// The autoencoder of raw vectors at layer number `layer`.
-    fn at(&self, layer: usize) -> Result<Subject> {
+    /// The autoencoder of layer number `layer`, and the map before it.
+    fn at(&self, layer: usize) -> Result<AtLayer> {
         let tap = self.layers.layers[layer].tap;
         let limit = InputLimit::new(self.layers.layers[layer].max_input_norm);
-        let backend = CpuBackend::new(self.layers.at(&self.file.sae, layer)?);
-        Ok(Subject { backend, limit, input: tap, output: tap })
+        let backend = CpuBackend::new(self.layers.of_translated(&self.file.sae, layer)?);
+        let lens = self.layers.translator(layer).cloned();
+        Ok(AtLayer { subject: Subject { backend, limit, input: tap, output: tap }, lens })
+    }
+}
+
+/// The layers of `file`'s dictionary: those it names, else, where its rows are scaled one by one, all of the residual stream that
+/// `store` holds.
+///
+/// # Errors
+/// If it is of one layer, or the store holds none.
+pub fn layers_of(file: &SaeFile, store: &Store) -> Result<MultiLayer> {
+    let taps = &store.manifest().taps;
+    let layers = match (&file.metadata.layers, file.metadata.tap) {
+        (Some(layers), _) => layers.clone(),
+        (None, Some(tap)) => anyhow::bail!(
+            "the autoencoder is of one layer, {tap}; `eval` without --layers measures it, as does --layers beside one of several"
+        ),
+        (None, None) => {
+            let points = taps.iter().map(|tap| tap.point).filter(|point| point.site == Site::Resid);
+            MultiLayer::new(points.map(Layer::of_raw).collect(), Vec::new())
+        }
+    };
+    ensure!(!layers.layers.is_empty(), "the store holds no layer of the residual stream");
+    Ok(layers)
+}
+
+/// The autoencoder of one layer, behind the map of a lens where there is one.
+#[derive(Debug)]
+struct AtLayer {
+    /// Of translated vectors.
+    subject: Subject,
+    lens: Option<Arc<Translator>>,
+}
+
+impl AtLayer {
+    /// What the autoencoder reads of raw vectors.
+    fn read<'x>(&self, raw: Rows<'x>) -> Result<Cow<'x, [f32]>> {
+        lens::forward(self.lens.as_deref(), raw)
+    }
+
+    /// Raw vectors of what the autoencoder writes.
+    fn write(&self, reconstruction: Vec<f32>) -> Result<Vec<f32>> {
+        lens::backward(self.lens.as_deref(), reconstruction)
     }
 }
 
@@ -249,6 +291,7 @@ fn report(
             n_outliers: met.n_outliers,
             l0: met.l0.mean().with_context(|| format!("{}: {nothing}", layer.tap))?,
             fvu: met.fvu.value(),
+            fvu_translated: met.fvu_translated.as_ref().and_then(Fvu::value),
             dead_share: layer_use.dead(Some(number)).context(nothing)?,
             splice,
         });
@@ -279,6 +322,7 @@ fn report(
         spread: spread(layer_use),
         weighted: encoded.variance.weighted(layer_use),
         published: encoded.variance.published(),
+        on_token: encoded.variance.on_token(),
         mmcs: mean(cosines),
         cosine_overlap_correlation: correlation(&both),
     })

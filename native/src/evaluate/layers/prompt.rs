@@ -1,6 +1,7 @@
 //! Where the latents of one short text are active.
 
 use anyhow::{Context, Result, ensure};
+use shared::Rows;
 use shared::lm::TokenBatch;
 use shared::metrics::LayerUse;
 
@@ -27,12 +28,14 @@ pub(super) fn layer_use(dictionary: &Dictionary<'_>, model: &LoadedModel, text: 
     model.model.forward_nll(TokenBatch::new(&ids, ids.len())?, &mut seen)?;
     let mut layers = Vec::new();
     for number in 0..dictionary.layers().len() {
-        let subject = dictionary.at(number)?;
-        let x = seen.value(subject.input)?;
+        let at = dictionary.at(number)?;
+        let subject = &at.subject;
+        let raw = seen.value(subject.input)?;
+        let read = at.read(raw)?;
+        let x = Rows::new(&read, raw.width())?;
         let kept: Vec<bool> =
             special.iter().zip(x.iter()).map(|(special, x)| !special && subject.limit.keeps(x)).collect();
-        let codes =
-            subject.backend.encode(shared::Rows::new(&super::encode::chosen(x, &kept), x.width())?)?;
+        let codes = subject.backend.encode(Rows::new(&super::encode::chosen(x, &kept), x.width())?)?;
         layers.push(in_units(&codes, &kept, dictionary.layers()[number].scale)?);
     }
     let mut layer_use = LayerUse::new(dictionary.n_latents(), layers.len());

@@ -48,6 +48,18 @@ pub fn markdown(report: &LayersReport) -> String {
             ),
         ),
     ];
+    if report.layers.iter().any(|layer| layer.fvu_translated.is_some()) {
+        let found = format!("{:.4}", mean(report, |layer| layer.fvu_translated));
+        rows.push(("FVU behind the lens", found, "mean over layers, before the lens is undone".to_owned()));
+    }
+    if let Some(found) = report.on_token {
+        let about = format!(
+            "layers at which a latent is active on a token where it is at all; {} of such pairs are of a single layer, with {} of all activation",
+            percent(found.single),
+            percent(found.single_weighted)
+        );
+        rows.push(("layers on a token", format!("{:.2}", found.layers), about));
+    }
     if let Some(correlation) = report.cosine_overlap_correlation {
         let about =
             "over neighbouring layers, of centred cosine and of latents in common on a token".to_owned();
@@ -58,7 +70,7 @@ pub fn markdown(report: &LayersReport) -> String {
         // Writing to a string cannot fail.
         let _ = writeln!(out, "| {metric} | {value} | {about} |");
     }
-    out.push_str("\n## Variance of the layer\n\n| | Var(L) | E[Var(L \\| J)] | E[Var(L \\| J, T)] | of latents | on a token |\n|---|---:|---:|---:|---:|---:|\n");
+    out.push_str("\n## Variance of the layer\n\n| | Var(L) | E[Var(L \\| J)] | E[Var(L \\| J, T)] | of latents | of tokens |\n|---|---:|---:|---:|---:|---:|\n");
     for (name, found) in [("weighted by activation", report.weighted), ("as published", report.published)] {
         if let Some(found) = found {
             let _ = writeln!(
@@ -72,7 +84,7 @@ pub fn markdown(report: &LayersReport) -> String {
             );
         }
     }
-    out.push_str("\nOf latents: E[Var(L \\| J)] / Var(L). On a token: E[Var(L \\| J, T)] / E[Var(L \\| J)], small when a latent is at one layer on a token and at others on other tokens.\n");
+    out.push_str("\nOf latents: E[Var(L \\| J)] / Var(L). Of tokens: E[Var(L \\| J, T)] / E[Var(L \\| J)], small when a latent is at one layer on a token and at others on other tokens.\n");
     out.push_str("\n## Layer by layer\n\n| layer | L0 | FVU | dead here | delta loss | KL | cosine with the next | centred | latents in common |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|\n");
     for (i, layer) in report.layers.iter().enumerate() {
         let pair = report.pairs.get(i);
@@ -106,7 +118,7 @@ pub fn markdown(report: &LayersReport) -> String {
 #[must_use]
 pub fn compare(all: &[(String, LayersReport)]) -> String {
     let mut out = String::from(
-        "| autoencoder | latents | L0 | FVU | delta loss | KL | dead | layers a latent | spread | of latents | on a token | MMCS |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n",
+        "| autoencoder | latents | L0 | FVU | delta loss | KL | dead | layers a latent | on a token | single | spread | of latents | of tokens | as published | MMCS |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n",
     );
     for (name, report) in all {
         let spliced = |value: fn(&LayerReport) -> Option<f64>| {
@@ -115,7 +127,7 @@ pub fn compare(all: &[(String, LayersReport)]) -> String {
         };
         let _ = writeln!(
             out,
-            "| {name} | {} | {:.1} | {:.4} | {} | {} | {} | {:.2} | {:.2} | {} | {} | {:.3} |",
+            "| {name} | {} | {:.1} | {:.4} | {} | {} | {} | {:.2} | {} | {} | {:.2} | {} | {} | {} | {:.3} |",
             report.n_latents,
             mean(report, |layer| Some(layer.l0)),
             mean(report, |layer| layer.fvu),
@@ -123,13 +135,16 @@ pub fn compare(all: &[(String, LayersReport)]) -> String {
             spliced(|layer| Some(layer.splice.as_ref()?.kl)),
             percent(report.spread.dead_share),
             report.spread.layers_by_count,
+            optional(report.on_token.map(|found| found.layers), 2),
+            report.on_token.map_or_else(|| "–".to_owned(), |found| percent(found.single)),
             report.spread.by_activation.deviation,
             optional(report.weighted.map(|found| found.latent_ratio), 3),
-            optional(report.weighted.map(|found| found.token_ratio), 4),
+            optional(report.weighted.map(|found| found.token_ratio), 3),
+            optional(report.published.map(|found| found.token_ratio), 4),
             report.mmcs,
         );
     }
-    out + "\nMeans over layers. Of latents: E[Var(L \\| J)] / Var(L); on a token: E[Var(L \\| J, T)] / E[Var(L \\| J)], weighted by activation.\n\n![Layer by layer](layers.svg)\n"
+    out + "\nMeans over layers. On a token: layers at which a latent is active on a token where it is at all; single: share of such pairs at one layer. Of latents: E[Var(L \\| J)] / Var(L); of tokens: E[Var(L \\| J, T)] / E[Var(L \\| J)], weighted by activation, and with the published program's means.\n\n![Layer by layer](layers.svg)\n"
 }
 
 /// The mean over the layers that have the value.
@@ -149,6 +164,7 @@ pub(crate) mod tests {
     use super::*;
     use crate::evaluate::Options;
     use shared::metrics::Decomposition;
+    use shared::metrics::OnToken;
 
     /// Two layers, of which one was spliced.
     pub(crate) fn sample() -> LayersReport {
@@ -159,6 +175,7 @@ pub(crate) mod tests {
             n_outliers: u64::from(fvu.is_none()),
             l0,
             fvu,
+            fvu_translated: None,
             dead_share: 0.25,
             splice: delta_loss.map(|delta_loss| LayerSplice {
                 n_predictions: 8,
@@ -197,6 +214,7 @@ pub(crate) mod tests {
             },
             weighted: Some(Decomposition { total, latent, token, latent_ratio: 0.8, token_ratio: 0.001 }),
             published: None,
+            on_token: Some(OnToken { pairs: 4, layers: 1.25, single: 0.75, single_weighted: 0.5 }),
             mmcs: 0.5,
             cosine_overlap_correlation: None,
         }
@@ -212,12 +230,13 @@ pub(crate) mod tests {
         assert!(text.contains("| resid.1 | 4.0 | – | 25.00 % | – | – | – | – | – |"));
         assert!(text.contains("| L0 | 3.00 |") && text.contains("| FVU | 0.5000 |"));
         assert!(text.contains("| weighted by activation | 0.2500 | 0.2000 | 2.000e-4 | 0.8000 | 0.0010 |"));
+        assert!(text.contains("| layers on a token | 1.25 |") && text.contains("; 75.00 % of such pairs"));
         assert!(!text.contains("as published |") && !text.contains("| correlation |"));
         assert!(text.contains("1 of 20 vectors are longer"));
         let table = compare(&[("a".to_owned(), sample())]);
         assert!(
             table.contains(
-                "| a | 3 | 3.0 | 0.5000 | 0.7500 | 0.1250 | 33.33 % | 1.50 | 0.50 | 0.800 | 0.0010 | 0.500 |"
+                "| a | 3 | 3.0 | 0.5000 | 0.7500 | 0.1250 | 33.33 % | 1.50 | 1.25 | 75.00 % | 0.50 | 0.800 | 0.001 | – | 0.500 |"
             ),
             "{table}"
         );

@@ -9,9 +9,9 @@ use shared::Rows;
 use shared::lm::{Divergence, NoTap, TokenBatch};
 use shared::tap::{Site, TapPoint};
 
+use super::super::Options;
 use super::super::splice::{Untouched, Written, counted, kept_positions, start};
-use super::super::{Options, Subject};
-use super::Dictionary;
+use super::{AtLayer, Dictionary};
 use crate::model::LoadedModel;
 use crate::progress;
 use crate::stop::{StopFlag, Stopped};
@@ -97,12 +97,15 @@ impl<'a> Pass<'a> {
         Ok(Self { model, tokens, kept, seen, last, clean })
     }
 
-    /// The model with the layer of `subject` replaced.
-    fn splice(&self, subject: &Subject) -> Result<Changed> {
+    /// The model with one layer replaced.
+    fn splice(&self, at: &AtLayer) -> Result<Changed> {
+        let subject = &at.subject;
         let input = self.seen.value(subject.input)?;
+        let read = at.read(input)?;
+        let x = Rows::new(&read, input.width())?;
         let kept: Vec<bool> =
-            self.kept.iter().zip(input.iter()).map(|(kept, x)| *kept || !subject.limit.keeps(x)).collect();
-        let written = subject.reconstruct(input, &kept)?;
+            self.kept.iter().zip(x.iter()).map(|(kept, x)| *kept || !subject.limit.keeps(x)).collect();
+        let written = at.write(subject.reconstruct(x, &kept)?)?;
         let model = &self.model.model;
         let last = if subject.input.site == Site::Resid {
             let residual = replaced(input, &written, &kept);
