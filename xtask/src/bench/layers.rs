@@ -7,13 +7,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use crate::demo::config::{self, Configs};
+use super::workshop::{Data, Workshop, show};
 use crate::demo::stage::Stages;
-use crate::inputs::{self, Input, Source};
-use crate::lock::Lock;
 use crate::places::Places;
 use crate::report::Report;
-use crate::run::Program;
 
 /// The tables of `configs/layers.toml`.
 const STAGES: [&str; 5] = ["harvest", "train", "eval", "lens", "behind"];
@@ -25,111 +22,43 @@ Examples:
   cargo xtask bench layers
   cargo xtask bench layers --model gemma-3-270m")]
 pub(crate) struct Args {
-    /// The language model: a Hugging Face folder, a .gguf file, `hub`, `package`, `gemma-3-270m`, or `auto` (hub, else package).
-    #[arg(long, value_name = "PATH|WORD", default_value = "auto")]
-    model: Source,
-    /// The text: a .txt, .jsonl, .jsonl.zst, .jsonl.gz or .parquet file, or a folder of such [default: the demo's].
-    #[arg(long, value_name = "PATH")]
-    text: Option<PathBuf>,
+    #[command(flatten)]
+    data: Data,
 }
 
 /// Runs the bench.
 pub(crate) fn run(places: &Places, args: &Args) -> Result<()> {
-    inputs::check(&args.model, args.text.as_deref())?;
     let mut report = Report::new();
-    let (model, text) = inputs::ensure(places, &mut report, &args.model, args.text.as_deref())?;
-    Program::cargo()
-        .args(["build", "--release", "--package", "native"])
-        .current_dir(&places.root)
-        .run()
-        .context("the program could not be built")?;
-    let name = model.path.file_stem().context("the model has no name")?;
+    let data = args.data.ensure(places, &mut report)?;
+    let name = data.0.path.file_stem().context("the model has no name")?;
     let work = places.target.join("layers").join(name);
-    let lock = Lock::take(&work)?;
-    let source = places.root.join("configs").join("layers.toml");
-    let configs = config::split(&source, &STAGES, &work.join("config"))?;
-    let bench = Bench { places, work, configs };
-    let mut stages = Stages::new(&bench.work, &mut report);
-    bench.harvest(&mut stages, &model, &text)?;
-    let saes = bench.train(&mut stages)?;
-    bench.eval(&mut stages, &saes, &model)?;
-    bench.behind_lens(&mut stages, &model)?;
-    for table in
-        [bench.work.join("eval").join("compare.md"), bench.work.join("eval-behind").join("layers.md")]
-    {
-        println!(
-            "{}",
-            fs::read_to_string(&table).with_context(|| format!("cannot read {}", table.display()))?
-        );
-    }
-    println!("tables and plots: {}", bench.work.display());
-    drop(lock);
+    let shop = Workshop::open(places, data, "layers.toml", &STAGES, work)?;
+    let mut stages = Stages::new(&shop.work, &mut report);
+    shop.harvest(&mut stages, "resid", "runs the language model and stores the activations of every layer")?;
+    let saes = folders(&shop.train(&mut stages, &[])?)?;
+    let [eval, behind] = ["eval", "eval-behind"].map(|name| shop.work.join(name));
+    let why = "measures all on held-out text, layer by layer";
+    shop.eval(&mut stages, ("eval", why), &["--layers"], &saes, &eval)?;
+    let lens = [behind_lens(&shop, &mut stages)?];
+    shop.eval(&mut stages, ("eval-behind", "measures that one too"), &["--layers"], &lens, &behind)?;
+    show(&eval.join("compare.md"))?;
+    show(&behind.join("layers.md"))?;
+    println!("tables and plots: {}", shop.work.display());
     Ok(())
 }
 
-struct Bench<'a> {
-    places: &'a Places,
-    /// `target/layers/MODEL`.
-    work: PathBuf,
-    configs: Configs,
-}
-
-impl Bench<'_> {
-    fn native(&self, command: &str) -> Program {
-        Program::new(self.places.binary("release")).arg(command)
-    }
-
-    fn store(&self) -> PathBuf {
-        self.work.join("store")
-    }
-
-    fn harvest(&self, stages: &mut Stages<'_>, model: &Input, text: &Input) -> Result<()> {
-        let harvest = self.native("harvest").arg("--config").arg(self.configs.path("harvest")?);
-        let harvest = harvest.args(["--tap", "resid"]).arg("--model").arg(&model.path);
-        let harvest = harvest.arg("--text").arg(&text.path).arg("--out").arg(self.store());
-        let inputs = [model.identity.as_str(), &text.identity, self.configs.text("harvest")?];
-        let why = "runs the language model and stores the activations of every layer";
-        stages.run("harvest", why, &self.store(), false, &inputs, harvest)
-    }
-
-    /// Trains all from one stream; returns their folders.
-    fn train(&self, stages: &mut Stages<'_>) -> Result<Vec<PathBuf>> {
-        let out = self.work.join("runs");
-        let train = self.native("train").arg("--config").arg(self.configs.path("train")?);
-        let train = train.arg("--store").arg(self.store()).arg("--out").arg(&out);
-        let inputs = [self.configs.text("train")?];
-        stages.run("train", "fits every autoencoder from one pass", &out, false, &inputs, train)?;
-        folders(&out)
-    }
-
-    fn eval(&self, stages: &mut Stages<'_>, saes: &[PathBuf], model: &Input) -> Result<()> {
-        let out = self.work.join("eval");
-        let why = "measures all on held-out text, layer by layer";
-        let eval = self.measure(saes, model, &out)?;
-        stages.run("eval", why, &out, false, &[self.configs.text("eval")?], eval)
-    }
-
-    fn measure(&self, saes: &[PathBuf], model: &Input, out: &Path) -> Result<Program> {
-        let eval = self.native("eval").arg("--layers").args(self.configs.arguments("eval")?);
-        let eval = eval.arg("--sae").args(saes).arg("--store").arg(self.store());
-        Ok(eval.arg("--model").arg(&model.path).arg("--out").arg(out))
-    }
-
-    /// A lens, an autoencoder behind it, and its measures.
-    fn behind_lens(&self, stages: &mut Stages<'_>, model: &Input) -> Result<()> {
-        let [lens, out, figures] = ["lens", "behind", "eval-behind"].map(|name| self.work.join(name));
-        let fit = self.native("lens").args(self.configs.arguments("lens")?);
-        let fit = fit.arg("--store").arg(self.store()).arg("--out").arg(&lens);
-        let why = "fits a linear map of every layer to the last";
-        stages.run("lens", why, &lens, false, &[self.configs.text("lens")?], fit)?;
-        let train = self.native("train").arg("--config").arg(self.configs.path("behind")?);
-        let train = train.arg("--store").arg(self.store()).arg("--lens").arg(&lens).arg("--out").arg(&out);
-        let why = "fits an autoencoder behind it";
-        stages.run("behind", why, &out, false, &[self.configs.text("behind")?], train)?;
-        let eval = self.measure(std::slice::from_ref(&out), model, &figures)?;
-        let why = "measures that one too";
-        stages.run("eval-behind", why, &figures, false, &[self.configs.text("eval")?], eval)
-    }
+/// Fits a lens, and an autoencoder behind it; returns its folder.
+fn behind_lens(shop: &Workshop<'_>, stages: &mut Stages<'_>) -> Result<PathBuf> {
+    let [lens, out] = ["lens", "behind"].map(|name| shop.work.join(name));
+    let fit = shop.native("lens").args(shop.configs.arguments("lens")?);
+    let fit = fit.arg("--store").arg(shop.store()).arg("--out").arg(&lens);
+    let why = "fits a linear map of every layer to the last";
+    stages.run("lens", why, &lens, false, &[shop.configs.text("lens")?], fit)?;
+    let train = shop.native("train").arg("--config").arg(shop.configs.path("behind")?);
+    let train = train.arg("--store").arg(shop.store()).arg("--lens").arg(&lens).arg("--out").arg(&out);
+    let why = "fits an autoencoder behind it";
+    stages.run("behind", why, &out, false, &[shop.configs.text("behind")?], train)?;
+    Ok(out)
 }
 
 /// The autoencoders in `out`, by name, controls of one layer each in a folder of their own.
@@ -158,6 +87,7 @@ fn folders(out: &Path) -> Result<Vec<PathBuf>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::demo::config;
 
     #[test]
     fn the_committed_configuration_has_every_stage() {

@@ -8,6 +8,7 @@ mod quality;
 mod store;
 mod train_step;
 mod worker;
+mod workshop;
 
 use anyhow::Result;
 use clap::Subcommand;

@@ -9,10 +9,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use crate::demo::config::{self, Configs};
+use super::workshop::{Data, Workshop, show};
 use crate::demo::stage::Stages;
-use crate::inputs::{self, Input, Source};
-use crate::lock::Lock;
 use crate::places::Places;
 use crate::report::Report;
 use crate::run::Program;
@@ -32,53 +30,40 @@ pub(crate) struct Args {
     /// A Python that can import sae_lens and dictionary_learning.
     #[arg(long, value_name = "PATH")]
     peer_python: Option<PathBuf>,
-    /// The language model: a Hugging Face folder, a .gguf file, `hub`, `package`, or `auto` (hub, else package).
-    #[arg(long, value_name = "PATH|WORD", default_value = "auto")]
-    model: Source,
-    /// The text: a .txt, .jsonl, .jsonl.zst, .jsonl.gz or .parquet file, or a folder of such [default: the demo's].
-    #[arg(long, value_name = "PATH")]
-    text: Option<PathBuf>,
+    #[command(flatten)]
+    data: Data,
 }
 
 /// Runs the bench.
 pub(crate) fn run(places: &Places, args: &Args) -> Result<()> {
-    inputs::check(&args.model, args.text.as_deref())?;
     let mut report = Report::new();
-    let (model, text) = inputs::ensure(places, &mut report, &args.model, args.text.as_deref())?;
-    Program::cargo()
-        .args(["build", "--release", "--package", "native"])
-        .current_dir(&places.root)
-        .run()
-        .context("the program could not be built")?;
-    let work = places.target.join("quality");
-    let lock = Lock::take(&work)?;
-    let source = places.root.join("configs").join("pareto.toml");
-    let configs = config::split(&source, &STAGES, &work.join("config"))?;
-    let bench = Bench { places, work, configs };
-    let mut stages = Stages::new(&bench.work, &mut report);
-    bench.harvest(&mut stages, &model, &text)?;
-    let mut saes = bench.train(&mut stages)?;
+    let data = args.data.ensure(places, &mut report)?;
+    let shop = Workshop::open(places, data, "pareto.toml", &STAGES, places.target.join("quality"))?;
+    let mut stages = Stages::new(&shop.work, &mut report);
+    shop.harvest(&mut stages, TAP, "runs the language model and stores the activations of one layer")?;
+    let out = shop.train(&mut stages, &["--tap", TAP])?;
+    let tables = shop.configs.values("train")?.get("sae").and_then(toml::Value::as_array);
+    let names = tables.into_iter().flatten().filter_map(|sae| sae.get("name")?.as_str());
+    let mut saes: Vec<PathBuf> = names.map(|name| out.join(name)).collect();
+    let bench = Bench { shop: &shop };
     let peers = match &args.peer_python {
         Some(python) => bench.peers(&mut stages, python)?,
         None => Vec::new(),
     };
     saes.extend(peers.iter().map(|peer| peer.out.clone()));
-    bench.eval(&mut stages, &saes, &model)?;
-    let table = bench.work.join("eval").join("compare.md");
-    println!("{}", fs::read_to_string(&table).with_context(|| format!("cannot read {}", table.display()))?);
-    println!("plots: {}", bench.work.join("eval").join("pareto.svg").display());
+    let folder = shop.work.join("eval");
+    let why = "measures all on held-out text, inside the language model too";
+    shop.eval(&mut stages, ("eval", why), &[], &saes, &folder)?;
+    show(&folder.join("compare.md"))?;
+    println!("plots: {}", folder.join("pareto.svg").display());
     for line in bench.ratios(&saes, &peers)? {
         println!("{line}");
     }
-    drop(lock);
     Ok(())
 }
 
 struct Bench<'a> {
-    places: &'a Places,
-    /// `target/quality`.
-    work: PathBuf,
-    configs: Configs,
+    shop: &'a Workshop<'a>,
 }
 
 /// An autoencoder of another library.
@@ -89,47 +74,17 @@ struct Peer {
 }
 
 impl Bench<'_> {
-    fn native(&self, command: &str) -> Program {
-        Program::new(self.places.binary("release")).arg(command)
-    }
-
-    fn store(&self) -> PathBuf {
-        self.work.join("store")
-    }
-
-    fn harvest(&self, stages: &mut Stages<'_>, model: &Input, text: &Input) -> Result<()> {
-        let harvest = self.native("harvest").arg("--config").arg(self.configs.path("harvest")?);
-        let harvest =
-            harvest.args(["--tap", TAP]).arg("--model").arg(&model.path).arg("--text").arg(&text.path);
-        let inputs = [model.identity.as_str(), &text.identity, self.configs.text("harvest")?];
-        let why = "runs the language model and stores the activations of one layer";
-        stages.run("harvest", why, &self.store(), false, &inputs, harvest.arg("--out").arg(self.store()))
-    }
-
-    /// Trains all of ours from one stream; returns their folders.
-    fn train(&self, stages: &mut Stages<'_>) -> Result<Vec<PathBuf>> {
-        let out = self.work.join("runs");
-        let train =
-            self.native("train").arg("--config").arg(self.configs.path("train")?).args(["--tap", TAP]);
-        let train = train.arg("--store").arg(self.store()).arg("--out").arg(&out);
-        let inputs = [self.configs.text("train")?];
-        stages.run("train", "fits every autoencoder from one pass", &out, false, &inputs, train)?;
-        let tables = self.configs.values("train")?.get("sae").and_then(toml::Value::as_array);
-        let names = tables.into_iter().flatten().filter_map(|sae| sae.get("name")?.as_str());
-        Ok(names.map(|name| out.join(name)).collect())
-    }
-
     /// Trains those of the other libraries, one after another.
     fn peers(&self, stages: &mut Stages<'_>, python: &Path) -> Result<Vec<Peer>> {
-        let script = self.places.root.join("tests").join("peers").join("train_peers.py");
+        let script = self.shop.places.root.join("tests").join("peers").join("train_peers.py");
         let code =
             fs::read_to_string(&script).with_context(|| format!("cannot read {}", script.display()))?;
         let mut peers = Vec::new();
-        for (name, settings) in self.configs.values("peers")? {
+        for (name, settings) in self.shop.configs.values("peers")? {
             let settings = settings.as_table().with_context(|| format!("[peers] {name} must be a table"))?;
-            let out = self.work.join("peers").join(name);
+            let out = self.shop.work.join("peers").join(name);
             let mut train =
-                Program::new(python).arg(&script).arg(self.store()).arg(&out).args(["--tap", TAP]);
+                Program::new(python).arg(&script).arg(self.shop.store()).arg(&out).args(["--tap", TAP]);
             for (key, value) in settings {
                 let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
                 train = train.arg(format!("--{}", key.replace('_', "-"))).arg(value);
@@ -140,15 +95,6 @@ impl Bench<'_> {
             peers.push(Peer { out, variant });
         }
         Ok(peers)
-    }
-
-    fn eval(&self, stages: &mut Stages<'_>, saes: &[PathBuf], model: &Input) -> Result<()> {
-        let out = self.work.join("eval");
-        let eval = self.native("eval").args(self.configs.arguments("eval")?).arg("--sae").args(saes);
-        let eval =
-            eval.arg("--store").arg(self.store()).arg("--model").arg(&model.path).arg("--out").arg(&out);
-        let why = "measures all on held-out text, inside the language model too";
-        stages.run("eval", why, &out, false, &[self.configs.text("eval")?], eval)
     }
 
     /// `ratio fvu-PEER X.XX`, to three digits: our FVU at the peer's L0, between the two of ours next to it, over the peer's.
@@ -173,7 +119,7 @@ impl Bench<'_> {
 
     /// L0 and FVU of an evaluated autoencoder.
     fn point(&self, sae: &Path) -> Result<(f64, f64)> {
-        let path = self.work.join("eval").join(name_of(sae)).join("eval.json");
+        let path = self.shop.work.join("eval").join(name_of(sae)).join("eval.json");
         let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
         let report: Value =
             serde_json::from_slice(&text).with_context(|| format!("{} is no JSON", path.display()))?;
@@ -203,6 +149,7 @@ fn at(points: &[(f64, f64)], l0: f64) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::demo::config;
 
     #[test]
     fn between_two_points_on_logarithmic_axes() {
