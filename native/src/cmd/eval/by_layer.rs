@@ -68,7 +68,7 @@ pub(super) fn run(
     let table = if let ([(_, one)], true) = (&all[..], alone) {
         report::markdown(one)
     } else {
-        report::compare(&all)
+        report::compare(&all, &families(&singles))
     };
     if !alone {
         files::write_bytes(&args.out.join("compare.md"), table.as_bytes())?;
@@ -124,23 +124,32 @@ fn write_figures(measured: &Measured, folder: &Path) -> Result<()> {
     files::write_bytes(&folder.join("layers.json"), &pretty(report)?)
 }
 
+/// Autoencoders of one layer whose names differ only in it, from the first layer to the last.
+fn families(singles: &[(String, EvalReport)]) -> Vec<(String, Vec<&EvalReport>)> {
+    let mut families: BTreeMap<&str, Vec<&EvalReport>> = BTreeMap::new();
+    for (name, report) in singles {
+        families.entry(family(name)).or_default().push(report);
+    }
+    families.values_mut().for_each(|reports| reports.sort_by_key(|report| report.tap));
+    families.into_iter().map(|(name, reports)| (name.to_owned(), reports)).collect()
+}
+
 /// FVU, delta loss and KL by layer: a line a multi-layer autoencoder, and a line a family of those of one layer.
 fn by_layer_svg(all: &[(String, LayersReport)], singles: &[(String, EvalReport)]) -> Result<String> {
-    let lines =
-        |value: fn(&LayerReport) -> Option<f64>, single: fn(&EvalReport) -> Option<f64>| -> Vec<Line> {
-            let multi = all.iter().map(|(name, report)| {
-                let points =
-                    report.layers.iter().filter_map(|layer| Some((place(layer.tap.layer), value(layer)?)));
-                (name.clone(), points.collect())
-            });
-            let mut families: BTreeMap<&str, Vec<(f64, f64)>> = BTreeMap::new();
-            for (name, report) in singles {
-                let point = single(report).map(|value| (place(report.tap.layer), value));
-                families.entry(family(name)).or_default().extend(point);
-            }
-            families.values_mut().for_each(|points| points.sort_by(|a, b| a.0.total_cmp(&b.0)));
-            multi.chain(families.into_iter().map(|(name, points)| (name.to_owned(), points))).collect()
-        };
+    let lines = |value: fn(&LayerReport) -> Option<f64>,
+                 single: fn(&EvalReport) -> Option<f64>|
+     -> Vec<Line> {
+        let multi = all.iter().map(|(name, report)| {
+            let points =
+                report.layers.iter().filter_map(|layer| Some((place(layer.tap.layer), value(layer)?)));
+            (name.clone(), points.collect())
+        });
+        let controls = families(singles).into_iter().map(|(name, reports)| {
+            let point = |report: &EvalReport| single(report).map(|value| (place(report.tap.layer), value));
+            (name, reports.into_iter().filter_map(point).collect())
+        });
+        multi.chain(controls).collect()
+    };
     lines::svg(
         Axis::Layer,
         &[

@@ -1,7 +1,11 @@
 //! A multi-layer evaluation for people: `layers.md`, and the table that compares several.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
+use shared::tap::TapPoint;
+
+use super::super::EvalReport;
 use super::super::report::{optional, percent};
 use super::{LayerReport, LayersReport};
 
@@ -114,9 +118,42 @@ pub fn markdown(report: &LayersReport) -> String {
     out
 }
 
-/// A row each.
+/// A row each, and FVU and L0 layer by layer beside those of autoencoders of one layer: `singles` are families of such, each a report a
+/// layer.
 #[must_use]
-pub fn compare(all: &[(String, LayersReport)]) -> String {
+pub fn compare(all: &[(String, LayersReport)], singles: &[(String, Vec<&EvalReport>)]) -> String {
+    summary(all) + &by_layer(all, singles)
+}
+
+/// FVU and L0 of every layer, a column an autoencoder.
+fn by_layer(all: &[(String, LayersReport)], singles: &[(String, Vec<&EvalReport>)]) -> String {
+    let mut columns: Vec<(&str, BTreeMap<TapPoint, String>)> = Vec::new();
+    let cell = |fvu: Option<f64>, l0: f64| format!("{} ({l0:.0})", optional(fvu, 3));
+    for (name, report) in all {
+        let cells = report.layers.iter().map(|layer| (layer.tap, cell(layer.fvu, layer.l0)));
+        columns.push((name, cells.collect()));
+    }
+    for (name, reports) in singles {
+        let measured = reports.iter().map(|report| (report.tap, &report.reconstruction));
+        columns.push((name, measured.map(|(tap, found)| (tap, cell(found.fvu, found.l0))).collect()));
+    }
+    let taps: BTreeSet<TapPoint> = columns.iter().flat_map(|(_, cells)| cells.keys().copied()).collect();
+    let names: String = columns.iter().map(|(name, _)| format!(" {name} |")).collect();
+    let mut out =
+        format!("\nFVU (L0) of every layer:\n\n| layer |{names}\n|---|{}\n", "---:|".repeat(columns.len()));
+    for tap in taps {
+        let cells: String = columns
+            .iter()
+            .map(|(_, cells)| format!(" {} |", cells.get(&tap).map_or("–", String::as_str)))
+            .collect();
+        // Writing to a string cannot fail.
+        let _ = writeln!(out, "| {tap} |{cells}");
+    }
+    out
+}
+
+/// A row each.
+fn summary(all: &[(String, LayersReport)]) -> String {
     let mut out = String::from(
         "| autoencoder | latents | L0 | FVU | delta loss | KL | dead | layers a latent | on a token | single | spread | of latents | of tokens | as published | MMCS |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n",
     );
@@ -233,7 +270,11 @@ pub(crate) mod tests {
         assert!(text.contains("| layers on a token | 1.25 |") && text.contains("; 75.00 % of such pairs"));
         assert!(!text.contains("as published |") && !text.contains("| correlation |"));
         assert!(text.contains("1 of 20 vectors are longer"));
-        let table = compare(&[("a".to_owned(), sample())]);
+        let table = compare(&[("a".to_owned(), sample())], &[("b".to_owned(), Vec::new())]);
+        assert!(
+            table.contains("| layer | a | b |") && table.contains("| resid.0 | 0.500 (2) | – |"),
+            "{table}"
+        );
         assert!(
             table.contains(
                 "| a | 3 | 3.0 | 0.5000 | 0.7500 | 0.1250 | 33.33 % | 1.50 | 1.25 | 75.00 % | 0.50 | 0.800 | 0.001 | – | 0.500 |"
