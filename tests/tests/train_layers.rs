@@ -15,7 +15,7 @@ use shared::config::train::TrainConfig;
 use shared::format::SaeMetadata;
 use shared::loss::{
     AuxForm, AuxK, DeadPull, Examples, Latents, MultiTopK, Objective, Parametrisation, Prefix, Sparsity,
-    TrainSae,
+    TrainSae, row_moments,
 };
 use shared::tap::{Site, TapPoint};
 use shared::{Rows, reference};
@@ -201,7 +201,8 @@ fn the_published_loss_written_out() {
         undo.push((deviation * c, mean));
     }
     let mut examples = Examples { layers: layers.clone(), ..Examples::default() };
-    examples.weights = examples.fvu_weights(&x, D, &undo);
+    let moments: Vec<[f64; 2]> = x.chunks_exact(D).map(row_moments).collect();
+    examples.weights = examples.fvu_weights(&moments, D, &undo);
     examples.deviations = undo.iter().map(|(scale, _)| scale / c).collect();
     let (weight, k) = (1.0 / 32.0, 2);
     let aux_k = Some(AuxK { form: AuxForm::Mlsae, k, weight, dead: dead() });

@@ -16,7 +16,8 @@ use shared::tap::{Site, TapPoint};
 
 use super::train_step::Noise;
 use crate::train::normalise::Scaling;
-use crate::train::order::{Batches, Pairs, Position, Shards};
+use crate::train::order::{Batches, Pairs, Position};
+use crate::train::shards::Shards;
 use crate::train::{
     ActivationSource, Betas, Settings, SourceTap, Statistics, Trainer, Vectors, Wiring, init,
 };

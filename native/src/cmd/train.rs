@@ -13,11 +13,12 @@ use shared::config::train::{Layers, TrainConfig};
 use shared::config::{Count, Override, expand, resolve};
 use shared::tap::{Site, TapPoint};
 
-use crate::cuda;
+use crate::cuda::{self, Placement};
 use crate::harvest::Live;
 use crate::lens;
 use crate::model;
 use crate::stop::StopFlag;
+use crate::train::room::Room;
 use crate::train::{
     ActivationSource, Job, LiveTaps, StoreTaps, Summary, Translated, VectorsFile, Wiring, run_all_on, spread,
 };
@@ -316,32 +317,28 @@ fn describe(summary: &Summary, out: &Path) -> String {
 
 /// Says what the runs take of the device, and refuses what cannot fit.
 fn fits(device: &dyn cuda::Device, jobs: &[Job], source: &dyn ActivationSource) -> Result<()> {
-    let mut needed = 0;
-    for Job { config, .. } in jobs {
-        let widths = Wiring::of(config, source)?.widths(source);
-        let channels = config.prefix_lengths().len().max(1)
-            + [config.aux_k > 0, config.multi_topk].into_iter().filter(|&used| used).count()
-            + 1;
-        #[expect(clippy::cast_precision_loss, reason = "a number of latents")]
-        let l0 = config.target_l0.unwrap_or(config.k as f64).max(64.0);
-        let momentum = config.beta1 > 0.0;
-        needed += cuda::geometry::bytes(config.width, widths, config.batch, channels, l0, momentum);
-    }
+    let room = Room::of(jobs, source);
     let (free, total) = device.memory()?;
     #[expect(clippy::cast_precision_loss, reason = "shown to one decimal")]
     let gb = |bytes: u64| bytes as f64 / 1e9;
+    let shards = match room.placement(free) {
+        Placement::Device => "on the device",
+        Placement::Host => "in the memory of the host, where the device reads them",
+    };
     tracing::info!(
-        "on {}: about {:.1} GB of {:.1} GB free of {:.1}",
+        "on {}: about {:.1} GB for training and {:.1} GB for batches, of {:.1} GB free of {:.1}; {:.1} GB of vectors wait {shards}",
         device.name(),
-        gb(needed),
+        gb(room.trainers),
+        gb(room.batches),
         gb(free),
-        gb(total)
+        gb(total),
+        gb(room.shards)
     );
     ensure!(
-        needed <= free,
+        room.least() <= free,
         "training takes about {:.1} GB, and {:.1} GB of {} are free: train fewer autoencoders at once, a smaller width or batch, or \
          with beta1 = 0, which needs no first moments; --device cpu uses the memory of the machine",
-        gb(needed),
+        gb(room.least()),
         gb(free),
         device.name()
     );

@@ -1,6 +1,7 @@
 //! A card: the device behind the seam, through the driver, NVRTC and cuBLASLt.
 //!
-//! One stream takes everything in order, memory comes from the driver's pool on that stream, and every call's result is looked at.
+//! One stream takes everything in order but for copies beside it (`super::pinned`), memory comes from the driver's pool on that stream,
+//! and every call's result is looked at.
 //! [`Libraries`] has been asked before anything of CUDA is called: cudarc ends the program where a library is missing.
 
 #![expect(unsafe_code, reason = "calls into the driver and the matrix library")]
@@ -16,11 +17,12 @@ use anyhow::{Context, Result, ensure};
 use cudarc::cublaslt::{result as lt, sys as lt_sys};
 use cudarc::driver::{result as driver, sys};
 
-use super::device::{Argument, Device, Factors, MatrixAt, Product};
+use super::device::{Argument, Device, Factors, HostMemory, MatrixAt, Product};
 use super::found::CardInfo;
 use super::kernels::{Kernel, Shape};
 use super::libraries::Libraries;
 use super::nvrtc;
+use super::pinned::{Beside, Pinned};
 use super::step::Address;
 use crate::places;
 
@@ -35,6 +37,7 @@ pub struct Card {
     context: sys::CUcontext,
     device: sys::CUdevice,
     stream: sys::CUstream,
+    beside: Beside,
     handle: lt_sys::cublasLtHandle_t,
     workspace: Address,
     cache: Option<PathBuf>,
@@ -125,6 +128,7 @@ impl Card {
             name: driver::device::get_name(device)?,
             architecture: format!("sm_{major}{minor}{suffix}"),
             handle: lt::create_handle()?,
+            beside: Beside::new()?,
             cache: places::cache_folder().ok().map(|cache| cache.join("kernels")),
             functions: Mutex::default(),
             modules: Mutex::default(),
@@ -217,6 +221,21 @@ impl Device for Card {
         self.enter()?;
         // SAFETY: `to` has room, by the owner of the buffer; ordinary memory has been read when the call returns.
         Ok(unsafe { driver::memcpy_htod_async(to, bytes, self.stream) }?)
+    }
+
+    fn host_memory(&self, bytes: usize) -> Result<Box<dyn HostMemory>> {
+        self.enter()?;
+        Ok(Box::new(Pinned::new(self.device, bytes)?))
+    }
+
+    fn upload_beside(&self, to: Address, from: Address, bytes: usize) -> Result<()> {
+        self.enter()?;
+        self.beside.copy(self.stream, to, from, bytes)
+    }
+
+    fn wait_beside(&self) -> Result<()> {
+        self.enter()?;
+        self.beside.wait()
     }
 
     fn download(&self, from: Address, into: &mut [u8]) -> Result<()> {
@@ -347,6 +366,7 @@ impl Drop for Card {
         // change nothing.
         unsafe {
             let _ = driver::stream::synchronize(self.stream);
+            self.beside.end();
             let _ = lt::destroy_handle(self.handle);
             let _ = driver::free_async(self.workspace, self.stream);
             for module in lock(&self.modules).values() {

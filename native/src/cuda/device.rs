@@ -70,6 +70,16 @@ pub struct Product {
     pub adds: bool,
 }
 
+/// Memory of the host that a device reads by itself, at the same address. Given back when dropped.
+pub trait HostMemory: fmt::Debug + Send + Sync {
+    /// Its first byte, for the device.
+    fn at(&self) -> Address;
+    /// Its bytes, for the host.
+    fn bytes(&self) -> &[u8];
+    /// Its bytes, for the host to write.
+    fn bytes_mut(&mut self) -> &mut [u8];
+}
+
 /// A device with memory of its own. What is asked of it happens in order; only `download` and `wait` wait.
 pub trait Device: fmt::Debug {
     /// What it is, for people.
@@ -91,6 +101,22 @@ pub trait Device: fmt::Debug {
     /// # Errors
     /// The device's own.
     fn upload(&self, to: Address, bytes: &[u8]) -> Result<()>;
+    /// Takes memory of the host, of undefined content, that the device reads by itself.
+    ///
+    /// # Errors
+    /// If there is not enough, or it cannot be kept in place.
+    fn host_memory(&self, bytes: usize) -> Result<Box<dyn HostMemory>>;
+    /// Begins to copy from [`Device::host_memory`] to memory that was allocated before, beside what is asked of the device otherwise.
+    /// Both must stay what they are until [`Device::wait_beside`].
+    ///
+    /// # Errors
+    /// The device's own.
+    fn upload_beside(&self, to: Address, from: Address, bytes: usize) -> Result<()>;
+    /// Waits until everything that was copied beside has arrived.
+    ///
+    /// # Errors
+    /// The device's own.
+    fn wait_beside(&self) -> Result<()>;
     /// Copies from the device, after everything asked before.
     ///
     /// # Errors

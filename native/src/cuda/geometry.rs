@@ -58,6 +58,17 @@ pub fn bytes(
     (dictionary + n_rows * row) as u64
 }
 
+/// Bytes of the scale and shift of a row that is scaled on its own.
+pub const OWN_SCALE: usize = size_of::<[f64; 2]>();
+
+/// Bytes that a stream of batches takes of a device: two batches of `n_rows` rows, with `targets` where those are not the rows
+/// themselves, and the order of `n_examples` examples of a shard, which is there twice when the shard changes.
+#[must_use]
+pub fn stream_bytes(n_rows: usize, [d_in, d_out]: [usize; 2], targets: bool, n_examples: u64) -> u64 {
+    let row = d_in + if targets { d_out } else { 0 };
+    (2 * 4 * n_rows * row) as u64 + 2 * 4 * n_examples
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -90,6 +101,12 @@ mod tests {
         }
         assert_eq!(capacity, 5000);
         assert!(capacity_of_largest(512, 256) >= 512 + 256);
+    }
+
+    #[test]
+    fn streams_hold_two_batches_and_two_orders() {
+        assert_eq!(stream_bytes(4096, [2304, 2304], false, 65_536), 2 * 4096 * 2304 * 4 + 2 * 65_536 * 4);
+        assert_eq!(stream_bytes(10, [3, 5], true, 7), 2 * 10 * 8 * 4 + 56);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 
-use super::device::{Argument, Device, Product};
+use super::device::{Argument, Device, HostMemory, Product};
 use super::kernels::{Kernel, Shape};
 use super::step::{Address, Step};
 
@@ -58,6 +58,18 @@ impl Device for Intercept {
 
     fn upload(&self, to: Address, bytes: &[u8]) -> Result<()> {
         self.device.upload(to, bytes)
+    }
+
+    fn host_memory(&self, bytes: usize) -> Result<Box<dyn HostMemory>> {
+        self.device.host_memory(bytes)
+    }
+
+    fn upload_beside(&self, to: Address, from: Address, bytes: usize) -> Result<()> {
+        self.device.upload_beside(to, from, bytes)
+    }
+
+    fn wait_beside(&self) -> Result<()> {
+        self.device.wait_beside()
     }
 
     fn download(&self, from: Address, into: &mut [u8]) -> Result<()> {

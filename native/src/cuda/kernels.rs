@@ -92,6 +92,7 @@ kernels! {
     "columns.cu": ResidualSums = "residual_sums", InputSums = "input_sums";
     "pull.cu": PullTerms = "pull_terms";
     "split.cu": Split = "split";
+    "gather.cu": Gather = "gather", RowMoments = "row_moments";
     "skip.cu": WeighResiduals = "weigh_residuals", UpdateDense = "update_dense";
 }
 

@@ -10,6 +10,7 @@ pub mod batch;
 pub mod card;
 pub mod choice;
 pub mod device;
+pub mod feed;
 pub mod found;
 pub mod geometry;
 pub mod intercept;
@@ -17,12 +18,15 @@ pub mod kernels;
 pub mod libraries;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub mod nvrtc;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+mod pinned;
 pub mod step;
 pub mod trainer;
 
 pub use batch::Resident;
 pub use choice::Choice;
-pub use device::{Argument, Buffer, Device, Factors, MatrixAt, Product};
+pub use device::{Argument, Buffer, Device, Factors, HostMemory, MatrixAt, Product};
+pub use feed::{Feed, Gathering, Placement, Readable, TapAt};
 pub use intercept::Intercept;
 pub use kernels::{Kernel, PRELUDE, Shape};
 pub use step::{Address, Step};

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 use shared::config::Count;
-use shared::config::harvest::HarvestConfig;
+use shared::config::harvest::{HarvestConfig, StoreDtype};
 use shared::format::SaeMetadata;
 use shared::tap::TapPoint;
 
@@ -88,6 +88,12 @@ impl Live {
     #[must_use]
     pub fn taps(&self) -> &[(TapPoint, usize)] {
         &self.taps
+    }
+
+    /// The type whose values the vectors have.
+    #[must_use]
+    pub fn dtype(&self) -> StoreDtype {
+        self.config.dtype
     }
 
     /// The number of buckets of `split`.

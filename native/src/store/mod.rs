@@ -21,7 +21,7 @@ pub(crate) mod tensors;
 #[cfg(test)]
 mod tests;
 
-use manifest::FileInfo;
+use manifest::{FileInfo, ShardInfo};
 pub use manifest::{Manifest, Split, TapInfo};
 pub use place::Place;
 pub(crate) use read::decode;
@@ -208,38 +208,78 @@ impl Store {
         index: usize,
         into: &mut Shard,
     ) -> Result<()> {
-        let tap = self.tap_index(point)?;
+        let Shard { vectors, width, sequences, positions } = into;
+        let values = Into::F32(self.manifest.dtype, vectors);
+        *width = self.read_rows(point, split, index, values, sequences, positions)?;
+        Ok(())
+    }
+
+    /// Bytes of the vectors of shard `index` of `split` at `point`, as they are stored.
+    ///
+    /// # Errors
+    /// If there is no such tap or shard.
+    pub fn raw_bytes(&self, point: TapPoint, split: Split, index: usize) -> Result<usize> {
+        let (tap, shard) = (self.tap(point)?, self.shard(split, index)?);
+        let values = usize::try_from(shard.n_vectors)?.checked_mul(tap.width);
+        values.and_then(|n| n.checked_mul(self.manifest.dtype.size())).context("a shard overflows")
+    }
+
+    /// The vectors of shard `index` of `split` at `point` as they are stored, little-endian values of the manifest's type, into
+    /// `into`, which has [`Store::raw_bytes`]. Checked as [`Store::read_shard`] checks them.
+    ///
+    /// # Errors
+    /// As [`Store::read_shard`].
+    pub fn read_raw(&self, point: TapPoint, split: Split, index: usize, into: &mut [u8]) -> Result<()> {
+        let (mut sequences, mut positions) = (Vec::new(), Vec::new());
+        let values = Into::Raw(self.manifest.dtype, into);
+        self.read_rows(point, split, index, values, &mut sequences, &mut positions)?;
+        Ok(())
+    }
+
+    fn shard(&self, split: Split, index: usize) -> Result<&ShardInfo> {
         let shards = &self.manifest.split(split).shards;
-        let shard = shards.get(index).with_context(|| {
+        shards.get(index).with_context(|| {
             format!(
                 "{} has {} {} shards, no shard {index}",
                 self.place.show(""),
                 shards.len(),
                 split.folder()
             )
-        })?;
-        let (width, dtype) = (self.manifest.taps[tap].width, self.manifest.dtype);
+        })
+    }
+
+    /// Reads a shard file, its values into `values`; returns their width.
+    fn read_rows(
+        &self,
+        point: TapPoint,
+        split: Split,
+        index: usize,
+        values: Into<'_>,
+        sequences: &mut Vec<u32>,
+        positions: &mut Vec<u32>,
+    ) -> Result<usize> {
+        let (tap, shard) = (self.tap_index(point)?, self.shard(split, index)?);
+        let width = self.manifest.taps[tap].width;
         let n = usize::try_from(shard.n_vectors)?;
         let name = shard_name(point, split, index);
-        into.width = width;
         self.read_file(
             &name,
             &shard.files[tap],
             vec![
-                Tensor { name: "x", shape: &[n, width], into: Into::F32(dtype, &mut into.vectors) },
-                Tensor { name: "sequence", shape: &[n], into: Into::U32(&mut into.sequences) },
-                Tensor { name: "position", shape: &[n], into: Into::U32(&mut into.positions) },
+                Tensor { name: "x", shape: &[n, width], into: values },
+                Tensor { name: "sequence", shape: &[n], into: Into::U32(sequences) },
+                Tensor { name: "position", shape: &[n], into: Into::U32(positions) },
             ],
         )?;
         let length = self.manifest.sequence_length;
         let n_sequences = self.manifest.split(split).n_sequences;
         ensure!(
-            into.sequences.iter().all(|&s| u64::from(s) < n_sequences)
-                && into.positions.iter().all(|&p| (p as usize) < length),
+            sequences.iter().all(|&s| u64::from(s) < n_sequences)
+                && positions.iter().all(|&p| (p as usize) < length),
             "{}: a vector claims a token outside the {n_sequences} sequences of {length}",
             self.place.show(&name)
         );
-        Ok(())
+        Ok(width)
     }
 
     /// Reads the token sequences of `split`.

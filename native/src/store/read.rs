@@ -33,6 +33,8 @@ const REQUESTS: u64 = 8;
 pub(crate) enum Into<'a> {
     /// Stored as the type, wanted as `f32`.
     F32(StoreDtype, &'a mut Vec<f32>),
+    /// Stored as the type, wanted as it is stored: as many bytes.
+    Raw(StoreDtype, &'a mut [u8]),
     /// Integers.
     U32(&'a mut Vec<u32>),
 }
@@ -47,9 +49,9 @@ pub(crate) struct Tensor<'a> {
 impl Tensor<'_> {
     fn dtype(&self) -> Dtype {
         match self.into {
-            Into::F32(StoreDtype::F32, _) => Dtype::F32,
-            Into::F32(StoreDtype::Bf16, _) => Dtype::BF16,
-            Into::F32(StoreDtype::F16, _) => Dtype::F16,
+            Into::F32(StoreDtype::F32, _) | Into::Raw(StoreDtype::F32, _) => Dtype::F32,
+            Into::F32(StoreDtype::Bf16, _) | Into::Raw(StoreDtype::Bf16, _) => Dtype::BF16,
+            Into::F32(StoreDtype::F16, _) | Into::Raw(StoreDtype::F16, _) => Dtype::F16,
             Into::U32(_) => Dtype::U32,
         }
     }
@@ -87,6 +89,15 @@ pub(crate) fn tensors(blob: &Blob, info: &FileInfo, mut wanted: Vec<Tensor<'_>>)
                     let start = at;
                     at += (values.len() * size) as u64;
                     pieces.push(Piece { start, values: Values::F32(dtype, values) });
+                }
+            }
+            Into::Raw(dtype, values) => {
+                let bytes = n * dtype.size();
+                ensure!(values.len() == bytes, "{name}: room for {} bytes of {bytes}", values.len());
+                for values in values.chunks_mut(PIECE) {
+                    let start = at;
+                    at += values.len() as u64;
+                    pieces.push(Piece { start, values: Values::Raw(values) });
                 }
             }
             Into::U32(values) => {
@@ -166,6 +177,7 @@ fn check(file: &str, metadata: &Metadata, tensor: &Tensor<'_>) -> Result<()> {
 /// Where bytes of a piece go.
 enum Values<'a> {
     F32(StoreDtype, &'a mut [f32]),
+    Raw(&'a mut [u8]),
     U32(&'a mut [u32]),
 }
 
@@ -180,6 +192,7 @@ impl Piece<'_> {
         self.start
             + match &self.values {
                 Values::F32(dtype, values) => values.len() * dtype.size(),
+                Values::Raw(values) => values.len(),
                 Values::U32(values) => size_of_val(*values),
             } as u64
     }
@@ -193,6 +206,10 @@ impl Piece<'_> {
                 for value in values.iter_mut() {
                     *value = f32::from_bits(u32::from_le(value.to_bits()));
                 }
+            }
+            Values::Raw(values) => {
+                from.read_exact(values)?;
+                crc.update(values);
             }
             Values::U32(values) => {
                 from.read_exact(bytemuck::cast_slice_mut(values))?;

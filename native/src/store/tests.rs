@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use super::manifest::{Dropped, FORMAT, ShardInfo, SplitInfo, TextCounts, TokenizerInfo, VERSION};
+use super::manifest::{Dropped, FORMAT, SplitInfo, TextCounts, TokenizerInfo, VERSION};
 use super::tensors::{TensorHeader, write};
 use super::*;
 use crate::model::ModelProvenance;
@@ -160,7 +160,7 @@ fn long_shards_are_read_whole_by_several_threads() {
         let info = file(
             &path,
             &[
-                ("x", dtype.safetensors_name(), &[n, width], x),
+                ("x", dtype.safetensors_name(), &[n, width], x.clone()),
                 ("sequence", "U32", &[n], u32s(&sequence)),
                 ("position", "U32", &[n], u32s(&position)),
             ],
@@ -182,6 +182,11 @@ fn long_shards_are_read_whole_by_several_threads() {
             shard.vectors.fill(9.0);
             shard.vectors.truncate(5);
         }
+        let mut raw = vec![0; store.raw_bytes(point(), Split::Train, 0).unwrap()];
+        store.read_raw(point(), Split::Train, 0, &mut raw).unwrap();
+        assert!(raw == x, "{dtype:?}: not as it is stored");
+        let short = store.read_raw(point(), Split::Train, 0, &mut raw[1..]).unwrap_err();
+        assert!(format!("{short:#}").contains("room for"), "{short:#}");
         // A bit anywhere, also where one thread's stretch ends and the next begins.
         let good = fs::read(&path).unwrap();
         for at in [400, good.len() / 4, good.len() / 2, good.len() - 4 * n - 2] {
@@ -190,6 +195,8 @@ fn long_shards_are_read_whole_by_several_threads() {
             fs::write(&path, &bad).unwrap();
             let error = format!("{:#}", store.read_shard(point(), Split::Train, 0).unwrap_err());
             assert!(error.contains("CRC-64"), "{at}: {error}");
+            let error = store.read_raw(point(), Split::Train, 0, &mut raw).unwrap_err();
+            assert!(format!("{error:#}").contains("CRC-64"), "{at}: {error:#}");
         }
         // The manifest of a first version has no CRC: the SHA-256 finds the same.
         manifest.version = 1;

@@ -11,7 +11,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use safetensors::tensor::TensorView;
+use safetensors::tensor::{Metadata, TensorInfo, TensorView};
 use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -173,8 +173,24 @@ pub fn save(out: &Path, state: &State, identity: &Value) -> Result<()> {
         views.push((name.clone(), TensorView::new(Dtype::F64, vec![data.len()], bytes)?));
     }
     let metadata = HashMap::from([("state".to_owned(), serde_json::to_string(&header)?)]);
-    let bytes = safetensors::serialize(views, Some(metadata))?;
-    write_atomic(&path(out), |w| w.write_all(&bytes))
+    // Wider values first, so that each lies at a multiple of its size.
+    views.sort_by(|(name_a, a), (name_b, b)| b.dtype().cmp(&a.dtype()).then_with(|| name_a.cmp(name_b)));
+    let mut end = 0;
+    let infos = views.iter().map(|(name, view)| {
+        let start = end;
+        end += view.data().len();
+        let (dtype, shape) = (view.dtype(), view.shape().to_vec());
+        (name.clone(), TensorInfo { dtype, shape, data_offsets: (start, end) })
+    });
+    let header = Metadata::new(Some(metadata), infos.collect())?;
+    let mut header = serde_json::to_vec(&header)?;
+    header.resize(header.len().next_multiple_of(size_of::<u64>()), b' ');
+    // Straight from where the values are: a copy of everything may not fit.
+    write_atomic(&path(out), |w| {
+        w.write_all(&(header.len() as u64).to_le_bytes())?;
+        w.write_all(&header)?;
+        views.iter().try_for_each(|(_, view)| w.write_all(view.data()))
+    })
 }
 
 /// The tensor of what was measured of an input.

@@ -1,18 +1,19 @@
 //! Who takes a run's steps: the processor, or a card.
 //!
-//! The host's parameters and moments are what is saved, released and resampled. While a card trains, they are those of the last time
-//! that the card was asked ([`Engine::fetch`]).
+//! The host's parameters and moments are what is saved, released and resampled. While a card trains there are none on the host, but
+//! for those that the card was asked for ([`Engine::fetch`]).
 
 use std::cell::OnceCell;
 use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use shared::Rows;
 use shared::config::train::Products;
-use shared::loss::{Losses, Objective};
+use shared::loss::{Losses, Objective, row_moments};
 
 use super::forward::Forward;
 use super::order::Pairs;
+use super::params::{Moments, Tensors};
 use super::resample::Rest;
 use super::step::{Settings, Trainer};
 use crate::cuda::{CudaForward, CudaTrainer, Device, Resident};
@@ -20,26 +21,35 @@ use crate::cuda::{CudaForward, CudaTrainer, Device, Resident};
 /// A device that several runs may share.
 pub type SharedDevice = Arc<dyn Device + Send + Sync>;
 
-/// A batch, and where it lies on a device once a run has asked for that.
+/// A batch: what the host knows of it, and its rows, on the host or on a device.
 #[derive(Debug)]
 pub(super) struct Batch<'a> {
     pub(super) pairs: &'a Pairs,
-    resident: OnceCell<Arc<Resident>>,
+    resident: Option<Arc<Resident>>,
+    moments: OnceCell<Vec<[f64; 2]>>,
 }
 
 impl<'a> Batch<'a> {
-    /// A batch on the host.
-    pub(super) fn new(pairs: &'a Pairs) -> Self {
-        Self { pairs, resident: OnceCell::new() }
+    /// A batch whose rows are `resident`, or else those of `pairs`.
+    pub(super) fn new(pairs: &'a Pairs, resident: Option<Arc<Resident>>) -> Self {
+        Self { pairs, resident, moments: OnceCell::new() }
     }
 
-    /// The batch on `device`: uploaded by the first who asks.
-    fn on(&self, device: &SharedDevice, (x, y): (Rows<'_>, Rows<'_>)) -> Result<&Arc<Resident>> {
-        if let Some(resident) = self.resident.get() {
-            return Ok(resident);
+    /// Its number of rows.
+    pub(super) fn n_rows(&self) -> usize {
+        self.pairs.inputs.len()
+    }
+
+    /// The sum of every target, of `width` values, and that of its squares; taken once for all that ask.
+    pub(super) fn moments(&self, width: usize) -> Result<&[[f64; 2]]> {
+        if let Some(known) = self.moments.get() {
+            return Ok(known);
         }
-        let resident = Resident::of(device, x, y)?;
-        Ok(self.resident.get_or_init(|| resident))
+        let found = match &self.resident {
+            Some(resident) => resident.moments()?,
+            None => self.pairs.targets().chunks_exact(width).map(row_moments).collect(),
+        };
+        Ok(self.moments.get_or_init(|| found))
     }
 }
 
@@ -61,27 +71,35 @@ pub(super) enum Pass {
 
 impl Engine {
     /// The engine for `trainer` on `device`, or on the processor.
-    pub(super) fn new(trainer: &Trainer, device: Option<&SharedDevice>, products: Products) -> Result<Self> {
+    pub(super) fn new(
+        trainer: &mut Trainer,
+        device: Option<&SharedDevice>,
+        products: Products,
+    ) -> Result<Self> {
         let Some(device) = device else { return Ok(Self::Processor) };
         let device = Arc::clone(device);
         let on_device = CudaTrainer::new(device, &trainer.params, &trainer.moments, trainer.step, products)?;
+        forget(trainer);
         Ok(Self::Device(Box::new(on_device)))
     }
 
-    /// A forward pass; `powers` are those that the pass takes means of, where a device does not keep everything.
+    /// A forward pass over a batch of these widths; `powers` are those that the pass takes means of, where a device does not keep everything.
     pub(super) fn forward(
         &mut self,
         trainer: &Trainer,
         batch: &Batch<'_>,
-        (x, y): (Rows<'_>, Rows<'_>),
+        [d_in, d_out]: [usize; 2],
         objective: &Objective,
         powers: [f64; 2],
     ) -> Result<Pass> {
         match self {
-            Self::Processor => Ok(Pass::Processor(Box::new(trainer.forward(x, y, objective)?))),
+            Self::Processor => {
+                let (x, y) = (Rows::new(&batch.pairs.x, d_in)?, Rows::new(batch.pairs.targets(), d_out)?);
+                Ok(Pass::Processor(Box::new(trainer.forward(x, y, objective)?)))
+            }
             Self::Device(device) => {
                 device.powers = powers;
-                let resident = batch.on(device.device(), (x, y))?;
+                let resident = batch.resident.as_ref().context("a batch that is not on the device")?;
                 Ok(Pass::Device(device.forward(resident, objective)?))
             }
         }
@@ -116,12 +134,20 @@ impl Engine {
         Ok(())
     }
 
+    /// The parameters and moments of a device, for somebody to keep; `None` where they are the host's.
+    pub(super) fn copy(&self) -> Result<Option<Trainer>> {
+        let Self::Device(device) = self else { return Ok(None) };
+        let (params, moments) = device.download()?;
+        Ok(Some(Trainer::resume(params, moments, device.step)))
+    }
+
     /// Goes on from the host's parameters and moments, which something else has changed.
-    pub(super) fn replace(&mut self, trainer: &Trainer) -> Result<()> {
-        match self {
-            Self::Processor => Ok(()),
-            Self::Device(device) => device.upload(&trainer.params, &trainer.moments, trainer.step),
+    pub(super) fn replace(&mut self, trainer: &mut Trainer) -> Result<()> {
+        if let Self::Device(device) = self {
+            device.upload(&trainer.params, &trainer.moments, trainer.step)?;
+            forget(trainer);
         }
+        Ok(())
     }
 
     /// What the rows of a pass were read as, and what they lack.
@@ -135,6 +161,12 @@ impl Engine {
             (Self::Processor, Pass::Device(_)) => anyhow::bail!("a pass of a device is not here"),
         }
     }
+}
+
+/// Lets go of what a device has now.
+fn forget(trainer: &mut Trainer) {
+    trainer.params.tensors = Tensors::zeros(0, 0, 0, false);
+    trainer.moments = Moments::new(&trainer.params, false);
 }
 
 impl Pass {

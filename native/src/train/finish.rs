@@ -84,6 +84,7 @@ pub(super) fn finished(out: &Path, identity: &Value) -> Result<Option<Summary>> 
 impl Run<'_> {
     /// Writes the autoencoder and what is to be said of it.
     pub(super) fn finish(&mut self) -> Result<Summary> {
+        self.settle()?;
         self.fetch()?;
         let elapsed = self.started.elapsed().as_secs_f64();
         let batch = self.config.batch as u64;

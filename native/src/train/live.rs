@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Result, ensure};
 use indicatif::ProgressBar;
 use serde_json::Value;
+use shared::config::harvest::StoreDtype;
 use shared::format::SaeMetadata;
 use sysinfo::System;
 
@@ -105,6 +106,15 @@ impl ActivationSource for LiveTaps {
             *first = Some(share(self.make(Split::Train, 0)?));
         }
         Ok(choose(first.as_deref().unwrap_or_default()))
+    }
+
+    fn element(&self) -> StoreDtype {
+        self.live.dtype()
+    }
+
+    fn largest_shard(&self) -> u64 {
+        let values: usize = self.taps.iter().map(|tap| tap.width).sum();
+        self.live.bucket_bytes() / (size_of::<f32>() * values.max(1)) as u64
     }
 
     /// Of the first bucket: the others do not exist yet.

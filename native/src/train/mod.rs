@@ -26,8 +26,10 @@ pub mod order;
 pub mod params;
 pub mod pressure;
 mod resample;
+pub mod room;
 mod run;
 pub mod schedule;
+pub mod shards;
 mod sieve;
 pub(crate) mod simd;
 pub mod source;
@@ -36,6 +38,7 @@ pub mod step;
 pub mod suite;
 pub mod translated;
 pub mod vectors;
+mod writer;
 
 pub use adam::Betas;
 pub use controls::spread;

@@ -71,7 +71,12 @@ impl Normalisation {
     /// Whether a raw vector is trained on; one that is not finite is, so that the guard sees it.
     #[must_use]
     pub fn keeps(&self, row: &[f32]) -> bool {
-        let norm = norm(row);
+        self.keeps_norm(norm(row))
+    }
+
+    /// [`Normalisation::keeps`] of a raw vector of this norm.
+    #[must_use]
+    pub fn keeps_norm(&self, norm: f64) -> bool {
         norm <= self.limit || !norm.is_finite()
     }
 
@@ -205,6 +210,7 @@ fn mean_of(taps: &[Normalisation]) -> Vec<f64> {
     mean
 }
 
-fn norm(row: &[f32]) -> f64 {
+/// The norm of a raw vector.
+pub(super) fn norm(row: &[f32]) -> f64 {
     shared::reference::dot(row, row).sqrt()
 }

@@ -3,21 +3,20 @@
 //! Both follow from the seed, the epoch and the shard alone, so a position is three numbers and resuming
 //! needs nothing else.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, ensure};
-use rand::SeedableRng;
+use anyhow::{Context, Result, ensure};
 use rand::seq::SliceRandom;
-use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use shared::RowScaling;
+use shared::config::harvest::StoreDtype;
 use shared::row_scaling::Undo;
 
 use super::normalise::{Normalisation, Scaling};
-use super::source::{ActivationSource, Vectors, Wiring};
+use super::shards::{OnDevice, Place, Shards, TapRows, Values};
+use super::source::Wiring;
+use crate::cuda::Resident;
+use crate::cuda::feed::{Feed, Gathering, Readable, TapAt};
 
 /// Where the next row comes from.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -31,143 +30,25 @@ pub struct Position {
     pub row: usize,
 }
 
-/// The data type of a place in the order of shards: the epoch, and how many shards of it came before.
-type Place = (u64, usize);
-
 impl Position {
-    fn place(self) -> Place {
+    pub(super) fn place(self) -> Place {
         (self.epoch, self.shard)
     }
-}
-
-/// The shards of a source in a seeded order, each read once for all that go through them side by side. While one is used,
-/// the next is read on another thread.
-pub struct Shards {
-    source: Arc<dyn ActivationSource>,
-    /// Those that anyone asks for, ascending.
-    taps: Vec<usize>,
-    seed: u64,
-    held: BTreeMap<Place, Vec<Vectors>>,
-    /// The shard being read ahead of time.
-    ahead: Option<(Place, JoinHandle<Result<Vec<Vectors>>>)>,
-    waited: Duration,
-}
-
-impl Shards {
-    /// The shards of `source` at the taps of `wirings`.
-    #[must_use]
-    pub fn new(source: &Arc<dyn ActivationSource>, wirings: &[Wiring], seed: u64) -> Self {
-        let taps: BTreeSet<usize> = wirings.iter().flat_map(Wiring::taps).collect();
-        Self {
-            source: Arc::clone(source),
-            taps: taps.into_iter().collect(),
-            seed,
-            held: BTreeMap::new(),
-            ahead: None,
-            waited: Duration::ZERO,
-        }
-    }
-
-    /// How long their users have waited for data so far.
-    #[must_use]
-    pub fn waited(&self) -> Duration {
-        self.waited
-    }
-
-    /// Lets go of what lies before `position`, where nobody stands any more.
-    pub fn forget_before(&mut self, position: Position) {
-        self.held = self.held.split_off(&position.place());
-    }
-
-    /// The beginning of the shard after the one of `position`.
-    fn after(&self, position: Position) -> Position {
-        if position.shard + 1 < self.source.n_shards() {
-            Position { shard: position.shard + 1, row: 0, ..position }
-        } else {
-            Position { epoch: position.epoch + 1, ..Position::default() }
-        }
-    }
-
-    /// The number of the shard at `place`. The first of all is shard 0, whose statistics have been taken: a source that
-    /// makes its shards need not make it twice.
-    fn number(&self, (epoch, shard): Place) -> Result<usize> {
-        let mut shards: Vec<usize> = (0..self.source.n_shards()).collect();
-        shards.shuffle(&mut generator(self.seed, epoch, u64::MAX));
-        if epoch == 0
-            && let Some(place) = shards.iter().position(|&shard| shard == 0)
-        {
-            shards[..=place].rotate_right(1);
-        }
-        shards.get(shard).copied().with_context(|| format!("there is no shard {shard} to train on"))
-    }
-
-    /// The number and the vectors of the shard at `position`, at `wanted`: held, read ahead, or else read now.
-    fn get(&mut self, position: Position, wanted: &[usize]) -> Result<(usize, Vec<Vectors>)> {
-        let (place, number) = (position.place(), self.number(position.place())?);
-        if !self.held.contains_key(&place) {
-            let started = Instant::now();
-            let vectors = match self.ahead.take() {
-                Some((ahead, reading)) if ahead == place => {
-                    reading.join().map_err(|_| anyhow!("reading shard {number} failed"))??
-                }
-                other => {
-                    self.ahead = other;
-                    self.source.read(number, &self.taps)?
-                }
-            };
-            self.waited += started.elapsed();
-            self.check(number, &vectors)?;
-            self.held.insert(place, vectors);
-        }
-        let all = &self.held[&place];
-        let find = |tap: &usize| {
-            let found = self.taps.binary_search(tap).ok().and_then(|at| all.get(at));
-            found.cloned().with_context(|| format!("tap {tap} of shard {number} was not read"))
-        };
-        Ok((number, wanted.iter().map(find).collect::<Result<_>>()?))
-    }
-
-    /// Whether there are whole rows, of the same number at each tap.
-    fn check(&self, number: usize, vectors: &[Vectors]) -> Result<()> {
-        ensure!(vectors.len() == self.taps.len(), "shard {number} lacks a tap");
-        let width = |tap: usize| self.source.taps()[tap].width;
-        let n_rows = vectors[0].len() / width(self.taps[0]);
-        let whole = self.taps.iter().zip(vectors).all(|(&tap, v)| v.len() == n_rows * width(tap));
-        ensure!(n_rows > 0 && whole, "shard {number} holds no whole rows");
-        Ok(())
-    }
-
-    /// Starts reading the shard after the one of `position`.
-    fn read_ahead(&mut self, position: Position) -> Result<()> {
-        let next = self.after(position).place();
-        if self.ahead.is_none() && !self.held.contains_key(&next) {
-            let (number, source, taps) = (self.number(next)?, Arc::clone(&self.source), self.taps.clone());
-            self.ahead = Some((next, thread::spawn(move || source.read(number, &taps))));
-        }
-        Ok(())
-    }
-}
-
-/// A generator for `epoch` and `stream`.
-fn generator(seed: u64, epoch: u64, stream: u64) -> ChaCha8Rng {
-    let mut bytes = [0u8; 32];
-    bytes[..8].copy_from_slice(&seed.to_le_bytes());
-    bytes[8..16].copy_from_slice(&epoch.to_le_bytes());
-    bytes[16..24].copy_from_slice(&stream.to_le_bytes());
-    ChaCha8Rng::from_seed(bytes)
 }
 
 /// The vectors of a shard, raw, and the order of the examples that are trained on.
 struct Loaded {
     /// Of each input.
-    x: Vec<Vectors>,
-    y: Option<Vectors>,
+    x: Vec<Arc<TapRows>>,
+    y: Option<Arc<TapRows>>,
     n_rows: usize,
     /// Example `i · n_rows + r` is row `r` of input `i`.
     examples: Vec<u32>,
+    /// Who makes batches of them, where that is a device.
+    gathering: Option<Gathering>,
 }
 
-/// Normalised rows of inputs, and of targets where those are not the inputs.
+/// Normalised rows of inputs, and of targets where those are not the inputs. Where a device has them, what is known of them besides.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Pairs {
     /// Inputs `[N, d_in]`.
@@ -211,30 +92,42 @@ impl Batches {
         self.position
     }
 
-    /// Fills `out` with `n_rows` examples, normalised; outliers are passed over.
+    /// Fills `out` with `n_rows` examples, normalised; outliers are passed over. Where shards lie on a device, the rows are made there,
+    /// and `out` has none.
     ///
     /// # Errors
-    /// If a shard cannot be read or holds no rows.
-    pub fn fill(&mut self, shards: &mut Shards, n_rows: usize, out: &mut Pairs) -> Result<()> {
-        let n_shards = shards.source.n_shards();
+    /// If a shard cannot be read or holds no rows, or the device fails.
+    pub fn fill(
+        &mut self,
+        shards: &mut Shards,
+        n_rows: usize,
+        out: &mut Pairs,
+    ) -> Result<Option<Arc<Resident>>> {
         out.x.clear();
         out.y.clear();
         out.inputs.clear();
         out.undo.clear();
+        let batch =
+            |feed: &Arc<Feed>| feed.batch(n_rows, self.scaling.widths(), self.scaling.target.is_some());
+        let batch = shards.feed().map(batch).transpose()?;
         let mut empty_shards = 0;
         while out.inputs.len() < n_rows {
             let loaded = match self.loaded.take() {
                 Some(loaded) => loaded,
                 None => self.load(shards)?,
             };
-            let wanted = n_rows - out.inputs.len();
-            let end = loaded.examples.len().min(self.position.row + wanted);
-            for &example in &loaded.examples[self.position.row.min(end)..end] {
+            let (first, row) = (self.position.row, out.inputs.len());
+            let end = loaded.examples.len().min(first + n_rows - row);
+            let first = first.min(end);
+            for &example in &loaded.examples[first..end] {
                 self.push(&loaded, example as usize, out)?;
+            }
+            if let (Some(batch), Some(gathering)) = (&batch, &loaded.gathering) {
+                gathering.gather(batch, row, first, end - first)?;
             }
             self.position.row = end;
             empty_shards = if loaded.examples.is_empty() { empty_shards + 1 } else { 0 };
-            ensure!(empty_shards <= n_shards, "no shard holds a vector that can be trained on");
+            ensure!(empty_shards <= shards.n_shards(), "no shard holds a vector that can be trained on");
             if end < loaded.examples.len() {
                 self.loaded = Some(loaded);
             } else {
@@ -242,24 +135,33 @@ impl Batches {
             }
         }
         self.rows_left = self.rows_left.saturating_sub(n_rows as u64);
-        Ok(())
+        Ok(batch)
     }
 
-    /// Appends an example to `out`, normalised.
+    /// Appends an example to `out`: its rows, normalised, where the host has them, and what is known of it besides.
     fn push(&self, loaded: &Loaded, example: usize, out: &mut Pairs) -> Result<()> {
         let (input, row) = (example / loaded.n_rows, example % loaded.n_rows);
         let normalisation = &self.scaling.inputs[input];
-        let [d_in, d_out] = self.scaling.widths();
-        let x = &loaded.x[input][row * d_in..][..d_in];
-        append(&mut out.x, x, self.scaling.rows, normalisation);
-        let mut undo = Undo { scale: 1.0, shift: 0.0 };
-        let mut scale = normalisation.scale;
-        if let (Some(y), Some(target)) = (&loaded.y, &self.scaling.target) {
-            append(&mut out.y, &y[row * d_out..][..d_out], RowScaling::None, target);
-            scale = target.scale;
-        } else if !self.scaling.rows.is_none() {
-            undo = self.scaling.rows.undo(x);
-        }
+        let rows = self.scaling.rows;
+        let own = match &loaded.x[input].values {
+            Values::Host(x) => {
+                let [d_in, d_out] = self.scaling.widths();
+                let x = &x[row * d_in..][..d_in];
+                append(&mut out.x, x, rows, normalisation);
+                if let (Some(y), Some(target)) = (&loaded.y, &self.scaling.target)
+                    && let Values::Host(y) = &y.values
+                {
+                    append(&mut out.y, &y[row * d_out..][..d_out], RowScaling::None, target);
+                }
+                if rows.is_none() { None } else { Some(rows.undo(x)) }
+            }
+            Values::Device(there) => there.undo.get(row).copied(),
+        };
+        let (undo, scale) = match &self.scaling.target {
+            Some(target) => (None, target.scale),
+            None => (own.filter(|_| !rows.is_none()), normalisation.scale),
+        };
+        let undo = undo.unwrap_or(Undo { scale: 1.0, shift: 0.0 });
         out.undo.push((undo.scale * scale, undo.shift));
         out.inputs.push(u16::try_from(input).context("more than 2^16 taps")?);
         Ok(())
@@ -270,23 +172,64 @@ impl Batches {
         let (number, mut x) = shards.get(self.position, &self.wiring.taps())?;
         let y = self.wiring.target.and_then(|_| x.pop());
         let Scaling { inputs, target, .. } = &self.scaling;
-        let [d_in, d_out] = self.scaling.widths();
-        let n_rows = x.first().context("a shard without inputs")?.len() / d_in.max(1);
+        let n_rows = x.first().context("a shard without inputs")?.n_rows;
         u32::try_from(n_rows * x.len()).context("a shard of more than 2^32 examples")?;
         let mut examples: Vec<u32> = Vec::new();
         for (first, (x, input)) in (0u32..).step_by(n_rows.max(1)).zip(x.iter().zip(inputs)) {
-            let numbered = (first..).zip(x.chunks_exact(d_in));
-            examples.extend(numbered.filter(|(_, x)| input.keeps(x)).map(|(example, _)| example));
+            let numbered = (first..).zip(x.kept(input));
+            examples.extend(numbered.filter(|(_, kept)| *kept).map(|(example, _)| example));
         }
         if let (Some(y), Some(target)) = (&y, target) {
-            examples.retain(|&row| target.keeps(&y[row as usize * d_out..][..d_out]));
+            let kept = y.kept(target);
+            examples.retain(|&row| kept[row as usize]);
         }
-        examples.shuffle(&mut generator(shards.seed, self.position.epoch, number as u64));
+        examples.shuffle(&mut shards.order_of(self.position.epoch, number));
         if ((examples.len() - self.position.row.min(examples.len())) as u64) < self.rows_left {
             shards.read_ahead(self.position)?;
         }
-        Ok(Loaded { x, y, n_rows, examples })
+        let gathering = match shards.feed() {
+            Some(feed) => Some(self.gathering(feed, (&x, y.as_deref()), &examples)?),
+            None => None,
+        };
+        Ok(Loaded { x, y, n_rows, examples, gathering })
     }
+
+    /// Who makes batches of `examples` on a device.
+    fn gathering(
+        &self,
+        feed: &Feed,
+        (x, y): (&[Arc<TapRows>], Option<&TapRows>),
+        examples: &[u32],
+    ) -> Result<Gathering> {
+        let (rows, widths) = (self.scaling.rows, self.scaling.widths());
+        let there = |tap: &'_ TapRows, normalisation: &Normalisation, own: bool| {
+            let Values::Device(OnDevice { values, undo_there, .. }) = &tap.values else {
+                anyhow::bail!("vectors that are not on the device");
+            };
+            let undo = undo_there.as_ref().filter(|_| own);
+            ensure!(!own || undo.is_some(), "rows are scaled that nobody measured");
+            Ok(TapAt::new(values.at(), undo.map_or(0, Readable::at), inverse(normalisation)))
+        };
+        let inputs = x.iter().zip(&self.scaling.inputs).map(|(x, input)| there(x, input, !rows.is_none()));
+        let inputs = inputs.collect::<Result<Vec<_>>>()?;
+        let target = y.zip(self.scaling.target.as_ref()).map(|(y, target)| there(y, target, false));
+        let element = match x.first().map(|x| &x.values) {
+            Some(Values::Device(first)) => first.element,
+            _ => StoreDtype::F32,
+        };
+        let eps = match rows {
+            RowScaling::Standardise { eps } => eps,
+            RowScaling::None | RowScaling::Norm => 0.0,
+        };
+        let n_rows = x.first().map_or(0, |x| x.n_rows);
+        Gathering::new(feed, (&inputs, target.transpose()?), (n_rows, widths), (element, eps), examples)
+    }
+}
+
+/// What normalised values are multiplied by in the end.
+#[expect(clippy::cast_possible_truncation, reason = "activations are f32")]
+fn inverse(normalisation: &Normalisation) -> f32 {
+    (1.0 / normalisation.scale) as f32
 }
 
 /// Appends a raw vector to `out`, normalised.
@@ -297,14 +240,13 @@ fn append(out: &mut Vec<f32>, vector: &[f32], rows: RowScaling, normalisation: &
     if !rows.is_none() {
         rows.apply(vector, added);
     }
-    #[expect(clippy::cast_possible_truncation, reason = "activations are f32")]
-    let inverse = (1.0 / normalisation.scale) as f32;
+    let inverse = inverse(normalisation);
     added.iter_mut().for_each(|v| *v *= inverse);
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::source::{SourceTap, Statistics};
+    use super::super::source::{ActivationSource, SourceTap, Statistics, Vectors};
     use super::*;
     use std::sync::Mutex;
 
@@ -486,8 +428,8 @@ mod tests {
             assert_eq!(alone[alone.len() - 2], alone[alone.len() - 1]);
             shards.forget_before(streams.iter().map(Batches::position).min().unwrap());
         }
-        assert!(shards.held.len() <= 1);
-        drop(shards.ahead.take().map(|(_, reading)| reading.join()));
+        assert!(shards.n_held() <= 1);
+        shards.join_ahead();
         let mut read = source.1.lock().unwrap().clone();
         // One of the second epoch may have been read ahead.
         read.truncate(3);

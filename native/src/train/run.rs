@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use serde_json::Value;
-use shared::Rows;
 use shared::config::to_toml;
 use shared::config::train::{EncoderPrecision, Loss, Thresholds, TrainConfig};
 use shared::loss::{AuxForm, AuxK, DeadPull, Examples, MultiTopK, Objective, Prefix};
@@ -21,12 +20,14 @@ use super::init;
 use super::interval::Interval;
 use super::log::Log;
 use super::normalise::Scaling;
-use super::order::{Batches, Pairs, Position, Shards};
+use super::order::{Batches, Pairs, Position};
 use super::pressure::Pressure;
 use super::schedule::{betas, rates};
+use super::shards::Shards;
 use super::sieve::has_bf16;
 use super::source::{ActivationSource, Wiring};
 use super::step::{Settings, Trainer};
+use super::writer::Writer;
 use crate::files::write_bytes;
 
 /// What the first steps of every run over the same data need of it.
@@ -65,6 +66,7 @@ pub(super) struct Run<'a> {
     pub(super) identity: Value,
     pub(super) state: State,
     engine: Engine,
+    writer: Writer,
     log: Log,
     interval: Interval,
     pub(super) started: Instant,
@@ -85,7 +87,7 @@ impl<'a> Run<'a> {
         beginning: impl FnOnce() -> Result<Beginning>,
     ) -> Result<Self> {
         let widths = wiring.widths(&**source);
-        let state = match checkpoint::load(out, config, widths, &identity)? {
+        let mut state = match checkpoint::load(out, config, widths, &identity)? {
             Some(state) => {
                 tracing::info!("{}: going on from step {}", out.display(), state.trainer.step);
                 if to_keep(config, &state) {
@@ -112,7 +114,7 @@ impl<'a> Run<'a> {
             tracing::warn!("this processor has no AVX512-BF16: the encoder product is computed in f32");
         }
         let first_step = state.trainer.step;
-        let engine = Engine::new(&state.trainer, device, config.products)?;
+        let engine = Engine::new(&mut state.trainer, device, config.products)?;
         let log = Log::open(&out.join("log.jsonl"), first_step, config)?;
         write_bytes(&out.join("config.toml"), to_toml(config)?.as_bytes())?;
         Ok(Self {
@@ -123,6 +125,7 @@ impl<'a> Run<'a> {
             identity,
             state,
             engine,
+            writer: Writer::default(),
             log,
             interval: Interval::new(first_step, Duration::ZERO),
             started: Instant::now(),
@@ -149,22 +152,21 @@ impl<'a> Run<'a> {
 
     /// Learns from a batch, after which the stream stands at `position` and has been waited for `waited`.
     pub(super) fn step(&mut self, batch: &Batch<'_>, position: Position, waited: Duration) -> Result<()> {
+        self.writer.look()?;
         let started = Instant::now();
         let (config, step) = (self.config, self.state.trainer.step);
-        let pairs = batch.pairs;
-        let objective = self.objective(pairs);
+        let objective = self.objective(batch)?;
         let [lr, own_lr] = rates(config, step);
         let settings = Settings { lr, own_lr, betas: betas(config), objective: &objective };
-        let [d_in, d_out] = self.wiring.widths(&**self.source);
-        let (x, y) = (Rows::new(&pairs.x, d_in)?, Rows::new(pairs.targets(), d_out)?);
+        let widths = self.wiring.widths(&**self.source);
         let powers = self.state.pressure.powers(config);
-        let pass = self.engine.forward(&self.state.trainer, batch, (x, y), &objective, powers)?;
+        let pass = self.engine.forward(&self.state.trainer, batch, widths, &objective, powers)?;
         self.state.position = position;
         match self.state.guard.accept(&pass.losses())? {
             Verdict::Learn => {
                 self.engine.update(&mut self.state.trainer, &pass, &settings)?;
                 let State { trainer, dead, pressure, .. } = &mut self.state;
-                dead.update_fired(x.n_rows() as u64, pass.fired(trainer));
+                dead.update_fired(batch.n_rows() as u64, pass.fired(trainer));
                 let mean_powers = || pass.mean_powers(trainer, powers);
                 pressure.observe(config, step, pass.losses().l0, mean_powers);
                 self.resample(&pass)?;
@@ -178,10 +180,7 @@ impl<'a> Run<'a> {
             self.write_line(&settings, waited)?;
         }
         if step.is_multiple_of(config.checkpoint_every) {
-            self.save()?;
-            if to_keep(config, &self.state) {
-                checkpoint::keep(&self.out)?;
-            }
+            self.write(to_keep(config, &self.state))?;
         }
         Ok(())
     }
@@ -196,13 +195,14 @@ impl<'a> Run<'a> {
             self.engine.fetch(&mut self.state.trainer)?;
             let begun = self.state.trainer.resample(&rest, &dead, config.seed);
             self.state.dead.revive(begun);
-            self.engine.replace(&self.state.trainer)?;
+            self.engine.replace(&mut self.state.trainer)?;
         }
         Ok(())
     }
 
     /// Takes up earlier parameters, and goes on with what comes next in the data.
     fn roll_back(&mut self, waited: Duration) -> Result<()> {
+        self.writer.wait()?;
         let widths = self.wiring.widths(&**self.source);
         let earlier = checkpoint::load_earlier(&self.out, self.config, widths, &self.identity)?;
         let earlier = earlier.with_context(|| {
@@ -221,7 +221,7 @@ impl<'a> Run<'a> {
         );
         let guard = self.state.guard.after_rolling_back(&earlier.guard);
         self.state = State { guard, position: self.state.position, ..earlier };
-        self.engine.replace(&self.state.trainer)?;
+        self.engine.replace(&mut self.state.trainer)?;
         self.log = Log::open(&self.out.join("log.jsonl"), step, self.config)?;
         self.interval = Interval::new(step, waited);
         Ok(())
@@ -232,20 +232,42 @@ impl<'a> Run<'a> {
         self.engine.fetch(&mut self.state.trainer)
     }
 
-    /// Writes a checkpoint.
+    /// Writes a checkpoint; one of a device's is written while training goes on.
     pub(super) fn save(&mut self) -> Result<()> {
-        self.fetch()?;
-        checkpoint::save(&self.out, &self.state, &self.identity)
+        self.write(false)
+    }
+
+    /// Waits until the last checkpoint is written.
+    pub(super) fn settle(&mut self) -> Result<()> {
+        self.writer.wait()
+    }
+
+    /// Writes a checkpoint, and keeps it as the one to go back to where `keep` says so.
+    fn write(&mut self, keep: bool) -> Result<()> {
+        // Two copies of what a device has are never on the host.
+        self.writer.wait()?;
+        let write = move |out: &Path, state: &State, identity: &Value| {
+            checkpoint::save(out, state, identity)?;
+            if keep { checkpoint::keep(out) } else { Ok(()) }
+        };
+        let Some(trainer) = self.engine.copy()? else {
+            return write(&self.out, &self.state, &self.identity);
+        };
+        let State { position, guard, dead, scaling, pressure, .. } = &self.state;
+        let (guard, dead, scaling) = (guard.clone(), dead.clone(), scaling.clone());
+        let state = State { trainer, position: *position, guard, dead, scaling, pressure: pressure.clone() };
+        let (out, identity) = (self.out.clone(), self.identity.clone());
+        self.writer.begin(move || write(&out, &state, &identity))
     }
 
     /// The objective of the next step.
-    fn objective(&self, batch: &Pairs) -> Objective {
+    fn objective(&self, batch: &Batch<'_>) -> Result<Objective> {
         let (config, State { dead, pressure, trainer, .. }) = (self.config, &self.state);
         let mask = || dead.mask_within(config.dead_window.0);
         let lengths = config.prefix_lengths();
         let normalised = config.activation.chooses() && config.loss == Loss::Mse;
         let normaliser = if normalised { self.state.scaling.variance() } else { 1.0 };
-        Objective {
+        Ok(Objective {
             sparsity: pressure.sparsity(config, trainer.step),
             prefixes: lengths.into_iter().map(|n_latents| Prefix { n_latents, weight: 1.0 }).collect(),
             aux_k: (config.aux_k > 0).then(|| AuxK {
@@ -257,29 +279,29 @@ impl<'a> Run<'a> {
             multi: config.multi_topk.then_some(MultiTopK { k: 4 * config.k, weight: 0.125 }),
             dead_pull: (config.dead_loss > 0.0).then(|| DeadPull { weight: config.dead_loss, dead: mask() }),
             normaliser,
-            examples: self.examples(batch),
+            examples: self.examples(batch)?,
             l0_by_layer: config.thresholds == Thresholds::PerLayer,
-        }
+        })
     }
 
     /// What the objective must know of each row of `batch`.
-    fn examples(&self, batch: &Pairs) -> Examples {
+    fn examples(&self, batch: &Batch<'_>) -> Result<Examples> {
         let (config, scaling) = (self.config, &self.state.scaling);
         let (by_layer, fvu) = (config.thresholds == Thresholds::PerLayer, config.loss == Loss::Fvu);
-        let mut examples = Examples::default();
+        let (pairs, mut examples) = (batch.pairs, Examples::default());
         if by_layer || fvu {
-            examples.layers.clone_from(&batch.inputs);
+            examples.layers.clone_from(&pairs.inputs);
         }
         if fvu {
             let width = scaling.widths()[1];
-            examples.weights = examples.fvu_weights(batch.targets(), width, &batch.undo);
+            examples.weights = examples.fvu_weights(batch.moments(width)?, width, &pairs.undo);
         }
         if config.aux_k > 0 && config.aux_form == AuxForm::Mlsae && !scaling.rows.is_none() {
             // All taps have the same C, which the encoder's units do not know.
             let scale = scaling.released().input;
-            examples.deviations = batch.undo.iter().map(|(deviation, _)| deviation / scale).collect();
+            examples.deviations = pairs.undo.iter().map(|(deviation, _)| deviation / scale).collect();
         }
-        examples
+        Ok(examples)
     }
 
     fn write_line(&mut self, settings: &Settings<'_>, waited: Duration) -> Result<()> {

@@ -7,13 +7,16 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
+use half::{bf16, f16};
+use rayon::prelude::*;
 use serde_json::{Value, json};
+use shared::config::harvest::StoreDtype;
 use shared::config::train::{Layers, TrainConfig};
 use shared::format::SaeMetadata;
 use shared::lens::Translator;
 use shared::tap::{Site, TapPoint};
 
-use crate::store::{Split, Store};
+use crate::store::{Split, Store, decode};
 
 /// Length and mean of raw vectors as a whole.
 #[derive(Debug, Clone, PartialEq)]
@@ -60,6 +63,15 @@ pub struct SourceTap {
 /// Raw vectors of one tap, row-major.
 pub type Vectors = Arc<Vec<f32>>;
 
+/// Takes the raw vectors of a shard, tap by tap, as a source has them.
+pub trait Intake {
+    /// Takes the next tap: `bytes` bytes that `fill` writes, values in the source's own type, little-endian.
+    ///
+    /// # Errors
+    /// That of `fill`, or if there is no room.
+    fn tap(&mut self, bytes: usize, fill: &mut dyn FnMut(&mut [u8]) -> Result<()>) -> Result<()>;
+}
+
 /// Shards of raw activation vectors at some taps, with what training needs to know of them as a whole. Row i of a shard
 /// belongs to the same token at every tap. Several threads may read.
 pub trait ActivationSource: Send + Sync {
@@ -74,6 +86,24 @@ pub trait ActivationSource: Send + Sync {
     /// # Errors
     /// If the shard is missing, damaged or of another shape, or cannot be made.
     fn read(&self, shard: usize, taps: &[usize]) -> Result<Vec<Vectors>>;
+    /// The type in which [`ActivationSource::read_raw`] gives values.
+    fn element(&self) -> StoreDtype {
+        StoreDtype::F32
+    }
+    /// What [`ActivationSource::read`] reads, in the source's own type, for somebody who wants no f32 of it; taps one after another.
+    ///
+    /// # Errors
+    /// As [`ActivationSource::read`], and `intake`'s.
+    fn read_raw(&self, shard: usize, taps: &[usize], intake: &mut dyn Intake) -> Result<()> {
+        for vectors in self.read(shard, taps)? {
+            hand_over(&vectors, self.element(), intake)?;
+        }
+        Ok(())
+    }
+    /// Vectors of the largest training shard, as far as that is known.
+    fn largest_shard(&self) -> u64 {
+        self.n_vectors().div_ceil(self.n_shards().max(1) as u64)
+    }
     /// The statistics of all training vectors at `tap`, as far as they are known without reading more than one shard.
     ///
     /// # Errors
@@ -96,6 +126,42 @@ pub trait ActivationSource: Send + Sync {
     fn translator(&self, tap: usize) -> Option<Arc<Translator>> {
         let _ = tap;
         None
+    }
+}
+
+/// Values to hand over at a time.
+const PIECE: usize = 1 << 16;
+
+/// Hands `vectors`, which `element` holds exactly, to `intake`.
+fn hand_over(vectors: &[f32], element: StoreDtype, intake: &mut dyn Intake) -> Result<()> {
+    let size = element.size();
+    intake.tap(vectors.len() * size, &mut |bytes| {
+        bytes.par_chunks_mut(PIECE * size).zip(vectors.par_chunks(PIECE)).try_for_each(|(bytes, values)| {
+            encode(element, values, bytes);
+            let mut back = vec![0.0f32; values.len()];
+            decode(element, bytes, &mut back);
+            let same = |(a, b): (&f32, &f32)| a == b || a.is_nan() && b.is_nan();
+            ensure!(
+                back.iter().zip(values).all(same),
+                "vectors that {} does not hold",
+                element.safetensors_name()
+            );
+            Ok(())
+        })
+    })
+}
+
+/// Values as type `element`, rounded to nearest.
+fn encode(element: StoreDtype, values: &[f32], bytes: &mut [u8]) {
+    let sized = values.iter().zip(bytes.chunks_exact_mut(element.size()));
+    match element {
+        StoreDtype::F32 => sized.for_each(|(value, bytes)| bytes.copy_from_slice(&value.to_le_bytes())),
+        StoreDtype::Bf16 => {
+            sized.for_each(|(&value, bytes)| bytes.copy_from_slice(&bf16::from_f32(value).to_le_bytes()));
+        }
+        StoreDtype::F16 => {
+            sized.for_each(|(&value, bytes)| bytes.copy_from_slice(&f16::from_f32(value).to_le_bytes()));
+        }
     }
 }
 
@@ -237,6 +303,24 @@ impl ActivationSource for StoreTaps {
     fn read(&self, shard: usize, taps: &[usize]) -> Result<Vec<Vectors>> {
         let read = |tap: &usize| self.store.read_shard(self.point(*tap), Split::Train, shard);
         taps.iter().map(|tap| Ok(Arc::new(read(tap)?.vectors))).collect()
+    }
+
+    fn element(&self) -> StoreDtype {
+        self.store.manifest().dtype
+    }
+
+    fn read_raw(&self, shard: usize, taps: &[usize], intake: &mut dyn Intake) -> Result<()> {
+        for &tap in taps {
+            let point = self.point(tap);
+            let bytes = self.store.raw_bytes(point, Split::Train, shard)?;
+            intake.tap(bytes, &mut |into| self.store.read_raw(point, Split::Train, shard, into))?;
+        }
+        Ok(())
+    }
+
+    fn largest_shard(&self) -> u64 {
+        let shards = &self.store.manifest().split(Split::Train).shards;
+        shards.iter().map(|shard| shard.n_vectors).max().unwrap_or(0)
     }
 
     fn statistics(&self, tap: usize) -> Result<Statistics> {

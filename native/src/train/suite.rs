@@ -18,9 +18,12 @@ use super::checkpoint;
 use super::engine::{Batch, SharedDevice};
 use super::finish::{Summary, finished};
 use super::normalise::Scaling;
-use super::order::{Batches, Pairs, Position, Shards};
+use super::order::{Batches, Pairs, Position};
+use super::room::Room;
 use super::run::{Beginning, Run};
+use super::shards::Shards;
 use super::source::{ActivationSource, Wiring};
+use crate::cuda::Feed;
 use crate::progress;
 use crate::stop::{StopFlag, Stopped};
 
@@ -78,6 +81,12 @@ pub fn run_all_on(
     stop: &StopFlag,
 ) -> Result<Vec<Result<Summary>>> {
     check(jobs)?;
+    // Before anything takes memory of the device.
+    let feed = |device: &SharedDevice| {
+        let placement = Room::of(jobs, &**source).placement(device.memory()?.0);
+        anyhow::Ok(Arc::new(Feed::new(device, placement)))
+    };
+    let feed = device.map(feed).transpose()?;
     let mut results: Vec<Option<Result<Summary>>> = Vec::new();
     let (mut runs, mut beginnings) = (Vec::new(), BTreeMap::new());
     for (index, job) in jobs.iter().enumerate() {
@@ -90,7 +99,7 @@ pub fn run_all_on(
             Err(error) => results.push(Some(Err(error))),
         }
     }
-    Suite { source, jobs, runs, results }.train(stop)
+    Suite { source, jobs, runs, results, feed }.train(stop)
 }
 
 /// What runs must have in common to share how their data were measured.
@@ -163,6 +172,8 @@ struct Suite<'a> {
     jobs: &'a [Job],
     runs: Vec<Member<'a>>,
     results: Vec<Option<Result<Summary>>>,
+    /// Where a device gathers the batches.
+    feed: Option<Arc<Feed>>,
 }
 
 impl Suite<'_> {
@@ -170,6 +181,10 @@ impl Suite<'_> {
         let mut streams = self.streams();
         let wirings: Vec<Wiring> = streams.iter().map(|stream| stream.wiring.clone()).collect();
         let mut shards = Shards::new(self.source, &wirings, self.jobs[0].config.seed);
+        if let Some(feed) = &self.feed {
+            let scaled = streams.iter().map(|stream| stream.scaling.rows).find(|rows| !rows.is_none());
+            shards = shards.fed_to(Arc::clone(feed), scaled.unwrap_or_default());
+        }
         let (done, left) = self.progress(&streams);
         let bar = progress::bar(done + left, "train", "tokens");
         bar.set_position(done);
@@ -180,14 +195,18 @@ impl Suite<'_> {
         while let Some(stream) = self.next(&mut streams) {
             let before = stream.batches.position();
             shards.forget_before(before);
-            if let Err(error) = stream.batches.fill(&mut shards, stream.batch, &mut pairs) {
-                // The data failed, not the runs: what was learned so far is kept.
-                self.save()?;
-                bar.abandon();
-                return Err(error);
-            }
+            let resident = match stream.batches.fill(&mut shards, stream.batch, &mut pairs) {
+                Ok(resident) => resident,
+                Err(error) => {
+                    // The data failed, not the runs: what was learned so far is kept.
+                    self.save()?;
+                    self.each(|member| member.run.settle());
+                    bar.abandon();
+                    return Err(error);
+                }
+            };
             let (after, waited) = (stream.batches.position(), shards.waited());
-            let (jobs, batch) = (self.jobs, Batch::new(&pairs));
+            let (jobs, batch) = (self.jobs, Batch::new(&pairs, resident));
             self.each(|member| {
                 let ready = member.run.position() == before && stream.serves(member, jobs);
                 if ready { member.run.step(&batch, after, waited) } else { Ok(()) }
@@ -199,6 +218,9 @@ impl Suite<'_> {
             if stopping || saved.elapsed() > Duration::from_secs_f64(60.0 * minutes) {
                 self.save()?;
                 saved = Instant::now();
+            }
+            if stopping {
+                self.each(|member| member.run.settle());
             }
             self.retire(&bar);
             if stopping && !self.runs.is_empty() {

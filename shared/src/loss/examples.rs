@@ -59,16 +59,15 @@ impl Examples {
     /// `FVU_l = mean (x̂_l − x_l)² / Var(x_l)`, mean and unbiased variance over all elements of the layer in the batch. Layers that
     /// the batch does not have, or whose elements are all equal, count for nothing.
     ///
-    /// `rows [N, width]` are the targets in the units of the loss, and `undo` what brings each back to its own: scale and shift.
+    /// `moments [N]` are the [`row_moments`] of the targets, of `width` values in the units of the loss, and `undo` what brings each
+    /// target back to its own: scale and shift.
     #[must_use]
-    pub fn fvu_weights(&self, rows: &[f32], width: usize, undo: &[(f64, f64)]) -> Vec<f64> {
+    pub fn fvu_weights(&self, moments: &[[f64; 2]], width: usize, undo: &[(f64, f64)]) -> Vec<f64> {
         let n_layers = self.layers.iter().max().map_or(1, |&last| usize::from(last) + 1);
         // Elements of each layer, their sum, and the sum of their squares.
         let mut sums = vec![[0.0f64; 3]; n_layers];
-        for (row, (values, &(scale, shift))) in rows.chunks_exact(width).zip(undo).enumerate() {
+        for (row, (&[whole, square], &(scale, shift))) in moments.iter().zip(undo).enumerate() {
             let [n, sum, squares] = &mut sums[self.layer(row)];
-            let whole: f64 = values.iter().map(|&v| f64::from(v)).sum();
-            let square: f64 = values.iter().map(|&v| f64::from(v) * f64::from(v)).sum();
             let d = to_f64(width);
             *n += d;
             *sum += scale * whole + d * shift;
@@ -87,6 +86,13 @@ impl Examples {
         };
         undo.iter().enumerate().map(weight).collect()
     }
+}
+
+/// The sum of a row's values, and that of their squares.
+#[must_use]
+pub fn row_moments(row: &[f32]) -> [f64; 2] {
+    let whole = row.iter().map(|&v| f64::from(v)).sum();
+    [whole, row.iter().map(|&v| f64::from(v) * f64::from(v)).sum()]
 }
 
 /// Mean L0 of a batch: of all rows, or of those of each layer.
@@ -138,16 +144,18 @@ mod tests {
     #[test]
     fn weighted_errors_are_the_mean_fvu_of_the_layers() {
         let examples = Examples { layers: vec![1, 0, 1], ..Examples::default() };
-        let rows = [1.0f32, -1.0, 2.0, 4.0, 0.5, 1.5];
+        let rows = [[1.0f32, -1.0], [2.0, 4.0], [0.5, 1.5]];
+        assert_eq!(row_moments(&rows[1]), [6.0, 20.0]);
         let undo = [(2.0, 1.0), (1.0, 0.0), (4.0, -1.0)];
         // Layer 0: 2, 4, of variance 2. Layer 1: 3, −1, 1, 5, of variance 20/3.
-        let weights = examples.fvu_weights(&rows, 2, &undo);
+        let weights = examples.fvu_weights(&rows.map(|row| row_moments(&row)), 2, &undo);
         let errors = [[0.5f64, 0.0], [1.0, -1.0], [0.25, 0.5]];
         let found: f64 = weights.iter().zip(errors).map(|(w, e)| w * (e[0] * e[0] + e[1] * e[1]) / 3.0).sum();
         let fvu = [(1.0 + 1.0) / 2.0 / 2.0, (1.0 + 0.0 + 1.0 + 4.0) / 4.0 / (20.0 / 3.0)];
         assert!((found - (fvu[0] + fvu[1]) / 2.0).abs() < 1e-12, "{found} against {fvu:?}");
         // A layer without variance counts for nothing.
-        let flat = examples.fvu_weights(&[1.0, -1.0, 3.0, 3.0, 0.5, 1.5], 2, &undo);
+        let flat = [[1.0, -1.0], [3.0, 3.0], [0.5, 1.5]].map(|row| row_moments(&row));
+        let flat = examples.fvu_weights(&flat, 2, &undo);
         assert_eq!(flat[1], 0.0);
         assert!((flat[0] / weights[0] - 2.0).abs() < 1e-12);
     }

@@ -25,7 +25,7 @@ mod sparsity;
 pub mod topk;
 
 pub use backward::Gradients;
-pub use examples::{Examples, Levels};
+pub use examples::{Examples, Levels, row_moments};
 pub use forward::{Pass, Term};
 pub use sparsity::{Parametrisation, Sparsity};
 

@@ -8,11 +8,11 @@ use std::ffi::c_void;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, ensure};
 use libloading::Library;
-use native::cuda::{Address, Argument, Device, Factors, Kernel, PRELUDE, Product, Shape};
+use native::cuda::{Address, Argument, Device, Factors, HostMemory, Kernel, PRELUDE, Product, Shape};
 
 type Run = unsafe extern "C" fn(u32, u32, *mut *mut c_void);
 
@@ -22,14 +22,54 @@ pub(crate) struct Emulator {
     folder: PathBuf,
     libraries: Mutex<HashMap<Shape, Library>>,
     memory: Mutex<BTreeMap<Address, Vec<u64>>>,
+    /// Bytes there are.
+    room: usize,
+    /// Where memory of the host lies that the device reads by itself, and how long it is.
+    host: Arc<Mutex<BTreeMap<Address, usize>>>,
+    /// Copies that were asked for beside everything else: to, from and how many bytes. They happen as late as they may.
+    beside: Mutex<Vec<(Address, Address, usize)>>,
+}
+
+/// Memory of the host that the device reads by itself.
+#[derive(Debug)]
+struct Host {
+    words: Vec<u64>,
+    bytes: usize,
+    known: Arc<Mutex<BTreeMap<Address, usize>>>,
+}
+
+impl HostMemory for Host {
+    fn at(&self) -> Address {
+        self.words.as_ptr() as Address
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &bytemuck::cast_slice(&self.words)[..self.bytes]
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut bytemuck::cast_slice_mut(&mut self.words)[..self.bytes]
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        lock(&self.known).remove(&self.at());
+    }
 }
 
 impl Emulator {
     /// A device that keeps its libraries in `folder`.
     #[must_use]
     pub(crate) fn new(folder: &Path) -> Self {
-        let (libraries, memory) = Default::default();
-        Self { folder: folder.to_owned(), libraries, memory }
+        Self::with_room(folder, 1 << 40)
+    }
+
+    /// A device of so many bytes.
+    #[must_use]
+    pub(crate) fn with_room(folder: &Path, room: usize) -> Self {
+        let (libraries, memory, host, beside) = Default::default();
+        Self { folder: folder.to_owned(), libraries, memory, room, host, beside }
     }
 
     /// Bytes allocated and not given back.
@@ -133,10 +173,11 @@ impl Device for Emulator {
     }
 
     fn memory(&self) -> Result<(u64, u64)> {
-        Ok((1 << 40, 1 << 40))
+        Ok((self.room.saturating_sub(self.in_use()) as u64, self.room as u64))
     }
 
     fn allocate(&self, bytes: usize) -> Result<Address> {
+        ensure!(self.in_use() + bytes <= self.room, "no room for {bytes} bytes of {}", self.room);
         // What nobody wrote is no number, so that reading it is seen.
         let words = vec![u64::MAX; bytes.div_ceil(8)];
         let at = words.as_ptr() as Address;
@@ -152,6 +193,32 @@ impl Device for Emulator {
         self.check(to, bytes.len())?;
         // SAFETY: checked just now.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to as *mut u8, bytes.len()) };
+        Ok(())
+    }
+
+    fn host_memory(&self, bytes: usize) -> Result<Box<dyn HostMemory>> {
+        let words = vec![u64::MAX; bytes.div_ceil(8).max(1)];
+        let memory = Host { words, bytes, known: Arc::clone(&self.host) };
+        lock(&self.host).insert(memory.at(), bytes);
+        Ok(Box::new(memory))
+    }
+
+    fn upload_beside(&self, to: Address, from: Address, bytes: usize) -> Result<()> {
+        self.check(to, bytes)?;
+        lock(&self.beside).push((to, from, bytes));
+        Ok(())
+    }
+
+    fn wait_beside(&self) -> Result<()> {
+        for (to, from, bytes) in lock(&self.beside).drain(..) {
+            let host = lock(&self.host);
+            let found = host.range(..=from).next_back();
+            let inside = found.is_some_and(|(start, length)| from - start + bytes as u64 <= *length as u64);
+            ensure!(inside, "{bytes} bytes at {from:#x} of the host were gone before they were copied");
+            self.check(to, bytes)?;
+            // SAFETY: checked just now.
+            unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes) };
+        }
         Ok(())
     }
 

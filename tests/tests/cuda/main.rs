@@ -4,7 +4,10 @@
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 mod compile;
 mod emulator;
+mod feed;
 mod runs;
+#[path = "../support/mod.rs"]
+mod support;
 
 use std::sync::Arc;
 

@@ -119,3 +119,22 @@ fn a_run_ends_where_the_processors_does_and_goes_on_after_a_stop() {
         assert!(shared::reference::encode(&sae, x).is_ok());
     }
 }
+
+/// A disk that refuses one run's checkpoints is that run's error, although they are written while it trains on.
+#[test]
+fn a_checkpoint_that_cannot_be_written_ends_its_run_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = source(folder.path());
+    let emulator: SharedDevice = Arc::new(Emulator::new(folder.path()));
+    let jobs = jobs(&folder.path().join("runs"));
+    // A file where the folder should be.
+    std::fs::create_dir_all(&jobs[1].out).unwrap();
+    std::fs::write(jobs[1].out.join("checkpoint"), "in the way").unwrap();
+    let results = run_all_on(&source, &jobs, Some(&emulator), &StopFlag::default()).unwrap();
+    let error = format!("{:#}", results[1].as_ref().unwrap_err());
+    assert!(error.contains("cannot create folder") && error.contains("checkpoint"), "{error}");
+    for at in [0, 2] {
+        assert!(results[at].is_ok() && jobs[at].out.join("checkpoint/earlier.safetensors").exists(), "{at}");
+    }
+    assert!(!jobs[1].out.join("run.json").exists());
+}
