@@ -1,4 +1,5 @@
-// Of the pre-activations of latents first .. first + width, appends those above their cut to the lists of their rows, in order.
+// Of the pre-activations of latents first .. first + width, appends those above their cut to the lists of their rows, in order. With
+// norms, everything that rounding may have put at or below its cut is kept too.
 // A block has one row, so that the order is fixed without atomics. Grid: rows. Reads 4 bytes a pre-activation.
 extern "C" __global__ void keep_above(Step s, u32 first, u32 width, u32 leading) {
     __shared__ u32 scratch[33];
@@ -12,8 +13,11 @@ extern "C" __global__ void keep_above(Step s, u32 first, u32 width, u32 leading)
             u32 column = start + 4 * threadIdx.x + j;
             bool above = false;
             if (column < width) {
-                z[j] = products[column] + s.b_enc[first + column];
-                above = z[j] > s.cuts[(u64)(first + column) * s.n_layers + layer];
+                u32 latent = first + column;
+                float cut = s.cuts[(u64)latent * s.n_layers + layer];
+                if (s.norms) cut -= s.margin_scale[latent] * s.norms[row] + s.margin_offset[latent];
+                z[j] = products[column] + s.b_enc[latent];
+                above = z[j] > cut;
             }
             if (above) mine |= 1u << j;
         }

@@ -1,4 +1,21 @@
-// BatchTopK: of all pre-activations kept, the k N largest; ties go to earlier rows, then to lower latents.
+// BatchTopK: of all pre-activations kept, the k N largest; ties go to earlier rows, then to lower latents. Which are worth keeping is
+// counted first where no batch before says it.
+
+// Counts the positive pre-activations of latents first .. first + width by the upper 12 bits below their sign: a bin is a sixteenth of
+// an octave. Grid: rows. Reads 4 bytes a pre-activation.
+extern "C" __global__ void batch_count(Step s, u32 first, u32 width, u32 leading, u64 *histogram) {
+    __shared__ u32 counts[4096];
+    for (u32 i = threadIdx.x; i < 4096; i += THREADS) counts[i] = 0;
+    __syncthreads();
+    const float *products = s.products + (u64)blockIdx.x * leading;
+    for (u32 column = threadIdx.x; column < width; column += THREADS) {
+        float z = products[column] + s.b_enc[first + column];
+        if (z > 0.0f) atomicAdd(&counts[__float_as_uint(z) >> 19], 1u);
+    }
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < 4096; i += THREADS)
+        if (counts[i]) atomicAdd(&histogram[i], (u64)counts[i]);
+}
 
 // Counts values by the 8 bits of their key at `shift`, among those whose higher bits are `prefix`. Grid: rows. Integer sums do
 // not depend on their order.
@@ -9,7 +26,7 @@ extern "C" __global__ void batch_histogram(Step s, u32 prefix, u32 mask, u32 shi
     u32 row = blockIdx.x;
     const float *z = s.kept_z + (u64)row * s.capacity;
     for (u32 i = threadIdx.x; i < s.kept_counts[row]; i += THREADS) {
-        u32 key = __float_as_uint(z[i]);
+        u32 key = key_of(z[i]);
         if ((key & mask) == prefix) atomicAdd(&counts[key >> shift & 255], 1u);
     }
     __syncthreads();
@@ -25,7 +42,7 @@ extern "C" __global__ void batch_equal(Step s, u32 key, u32 *equal) {
     u32 row = blockIdx.x;
     const float *z = s.kept_z + (u64)row * s.capacity;
     for (u32 i = threadIdx.x; i < s.kept_counts[row]; i += THREADS)
-        if (__float_as_uint(z[i]) == key) atomicAdd(&count, 1u);
+        if (key_of(z[i]) == key) atomicAdd(&count, 1u);
     __syncthreads();
     if (threadIdx.x == 0) equal[row] = count;
 }

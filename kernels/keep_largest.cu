@@ -2,14 +2,14 @@
 // largest; when a list grows too long, only its largest are kept, and the smallest of them is what others must exceed. With
 // `of_dead`, only dead latents count and lists are those of AuxK. Ties go to the lower latent. Grid: rows.
 
-// The key of the k-th largest of `count` positive values (their bits order as they do), and how many are larger.
+// The key of the k-th largest of `count` values, and how many are larger.
 __device__ u32 kth_largest(const float *z, u32 count, u32 k, u32 *histogram, u32 *shared_result) {
     u32 prefix = 0, mask = 0, wanted = k;
     for (int shift = 24; shift >= 0; shift -= 8) {
         for (u32 i = threadIdx.x; i < 256; i += THREADS) histogram[i] = 0;
         __syncthreads();
         for (u32 i = threadIdx.x; i < count; i += THREADS) {
-            u32 key = __float_as_uint(z[i]);
+            u32 key = key_of(z[i]);
             if ((key & mask) == prefix) atomicAdd(&histogram[key >> shift & 255], 1u);
         }
         __syncthreads();
@@ -95,7 +95,7 @@ extern "C" __global__ void mark_multi(Step s, u32 k) {
     u32 equal_allowed = k - result[2], equal_seen = 0;
     for (u32 start = 0; start < count; start += THREADS) {
         u32 i = start + threadIdx.x, total;
-        u32 mine = i < count ? __float_as_uint(z[i]) : 0;
+        u32 mine = i < count ? key_of(z[i]) : 0;
         u32 equal = i < count && mine == key;
         u32 before = equal_seen + block_before(equal, scratch, &total);
         if (i < count && !(mine > key || (equal && before < equal_allowed))) latents[i] |= MULTI;

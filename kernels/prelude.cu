@@ -72,6 +72,9 @@ struct Step {
     // 1). Of each layer: its rows, and the sparsity weight of one.
     const u32 *layers;
     const float *row_weights, *deviations, *layer_rows, *lambda_per_row;
+    // How far a pre-activation in f32 may be off: the norm of each row (null where that decides nothing), and of each latent the factor of
+    // the norm and what does not depend on it.
+    const float *norms, *margin_scale, *margin_offset;
 
     double beta2;
     u32 n_rows, n_latents, capacity, dead_capacity;
@@ -134,15 +137,21 @@ __device__ inline u32 block_before(u32 count, u32 *scratch, u32 *total) {
     return sum + before - count;
 }
 
+// Bits that order as the numbers do.
+__device__ inline u32 key_of(float z) {
+    u32 bits = __float_as_uint(z);
+    return bits >> 31 ? ~bits : bits | 1u << 31;
+}
+
 // Of a list, keeps what is above `key`, in order, and of values equal to it those before the `allowed`-th, of which `seen` came
-// before this list; returns how many are left. Keys are the bits of positive values, which order as they do.
+// before this list; returns how many are left.
 __device__ inline u32 keep_top(u32 *latents, float *z, u32 count, u32 key, u32 allowed, u32 seen, u32 *scratch) {
     u32 kept = 0;
     for (u32 start = 0; start < count; start += THREADS) {
         u32 i = start + threadIdx.x, equal_total, total;
         float value = i < count ? z[i] : 0.0f;
         u32 latent = i < count ? latents[i] : 0;
-        u32 mine = __float_as_uint(value), equal = i < count && mine == key;
+        u32 mine = key_of(value), equal = i < count && mine == key;
         u32 before = seen + block_before(equal, scratch, &equal_total);
         u32 stays = i < count && (mine > key || (equal && before < allowed));
         u32 place = kept + block_before(stays, scratch, &total);
@@ -176,4 +185,41 @@ __device__ inline float activation(const Step &s, u32 flagged, float z, u32 laye
     if (s.kind == JUMPRELU) return z > s.thetas[(u64)latent * s.n_layers + layer] ? z : 0.0f;
     if (s.kind == GATED) return fmaxf(scaled_magnitude(s, latent, z) + s.own1[latent], 0.0f);
     return z;
+}
+
+// The gradient of the norm penalty lambda v^p |d| by v; by the direction it is `along` times the direction, where directions have any
+// length.
+__device__ inline float penalty_of(const Step &s, float v, float length, float *along) {
+    *along = 0.0f;
+    if (!s.has_norm) return 0.0f;
+    float term = s.lambda * powf(v, s.power) * length;
+    if (s.decoder_norm && length > 0.0f) *along = term / (length * length) / s.rows;
+    return s.power * term / v / s.rows;
+}
+
+// What a kept pre-activation that stands for itself gives its latent, `product` being the residual times the direction: the gradient that
+// reaches the encoder's product and bias, that of the threshold, and what the penalty adds along the direction; whether weights, and
+// whether the threshold, have one.
+struct Signal {
+    float encoder, own, along;
+    bool counts, near;
+};
+
+__device__ inline Signal signal_of(const Step &s, u32 latent, u32 layer, float product, float z, float length) {
+    Signal q = {0.0f, 0.0f, 0.0f, true, false};
+    float g_f = s.scale * product;
+    if (s.kind == JUMPRELU) {
+        float theta = s.thetas[(u64)latent * s.n_layers + layer];
+        q.counts = z > theta;
+        q.near = fabsf(z - theta) < s.bandwidth / 2.0f;
+        if (q.near) q.own = -(theta * g_f + s.lambda_per_row[layer]) / s.bandwidth;
+    }
+    if (q.counts) q.encoder = g_f + penalty_of(s, z, length, &q.along);
+    return q;
+}
+
+// What the dead-latent loss takes back of a row above the threshold: every row below it pulls equally.
+__device__ inline float pulled_back(const Step &s, u32 latent, u32 layer, float z) {
+    if (!s.pull_dead || !s.pull_dead[latent] || z < s.thetas[(u64)latent * s.n_layers + layer]) return 0.0f;
+    return s.pull_weight / s.rows;
 }

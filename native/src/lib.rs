@@ -8,6 +8,7 @@
     allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests assert by panicking")
 )]
 
+pub mod backend;
 pub mod bench;
 pub mod cli;
 mod cmd;

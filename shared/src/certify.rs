@@ -128,6 +128,12 @@ impl Screen {
         }
     }
 
+    /// The margins.
+    #[must_use]
+    pub fn margins(&self) -> &Margins {
+        &self.margins
+    }
+
     /// Whether f32 estimates of inputs of this norm can be trusted; if not, the row belongs to [`Screen::row_in_f64`].
     #[must_use]
     pub fn trusts(&self, x_norm: f32) -> bool {

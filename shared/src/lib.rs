@@ -43,6 +43,7 @@ pub mod row_scaling;
 pub mod rows;
 pub mod sae;
 pub mod tap;
+pub mod top_k;
 
 pub use codes::{Codes, CodesBuilder};
 pub use error::ShapeError;

@@ -36,6 +36,7 @@ parser.add_argument("--tap")
 parser.add_argument("--d", type=int, default=2304)
 parser.add_argument("--widths", default="16384,65536,131072,262144,1048576")
 parser.add_argument("--peer-widths", default="16384,131072")
+parser.add_argument("--route-widths", default="4096,16384,65536")
 parser.add_argument("--train-width", type=int, default=16384)
 parser.add_argument("--steps", type=int, default=2000, help="steps of the runs that compare precisions")
 parser.add_argument("--long-steps", type=int, default=20000, help="steps of the longer run; 0 leaves it out")
@@ -159,6 +160,8 @@ run("What is there", [args.program, "doctor"])
 run("Judged by the reference", [args.program, "selftest", "--device", args.device])
 size = ["--d", args.d, "--batch", args.batch]
 steps = run("Steps", [args.program, "bench", "cuda", "--device", args.device, *size, "--widths", args.widths])
+routes = ["--routes", "32,128,512,2048", "--widths", args.route_widths]
+run("Both routes of a step", [args.program, "bench", "cuda", "--device", args.device, *size, *routes])
 bench = here / "bench_cuda.py"
 for name, note, more in [
     ("The other libraries' steps", "", []),

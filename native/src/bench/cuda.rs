@@ -8,10 +8,10 @@ use anyhow::{Result, ensure};
 use rayon::prelude::*;
 use serde::Serialize;
 use shared::Rows;
-use shared::config::train::Products;
+use shared::config::train::{Products, Route};
 use shared::loss::{Objective, Parametrisation, Sparsity};
 
-use crate::cuda::{Buffer, CudaTrainer, Device, Factors, MatrixAt, Product, Resident};
+use crate::cuda::{CudaOptions, CudaTrainer, Device, Factors, Rates, Resident, Work, route};
 use crate::train::{Betas, Latents, Moments, Params, Settings, Tensors};
 
 /// Draws that say where a threshold lies.
@@ -22,8 +22,6 @@ const WINDOW: f32 = 0.05;
 const LR: f64 = 1e-7;
 /// Columns of the product whose speed is the best there is.
 const COLUMNS: usize = 8192;
-/// How often a copy or a product is repeated.
-const REPEATS: usize = 20;
 
 type Shared = Arc<dyn Device + Send + Sync>;
 
@@ -92,6 +90,44 @@ impl fmt::Display for CudaStep {
     }
 }
 
+/// A step on either route.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct CudaRoutes {
+    /// Latents.
+    pub n_latents: usize,
+    /// Mean active latents of a row.
+    pub l0: f64,
+    /// Seconds of the median step of the sparse route.
+    pub sparse_seconds: f64,
+    /// Of the dense route.
+    pub dense_seconds: f64,
+    /// Latents kept of a row from which the dense one is estimated to be sooner.
+    pub crossover: f64,
+    /// What is taken without being asked for.
+    pub auto: Route,
+}
+
+impl CudaRoutes {
+    /// The head of a table of routes.
+    pub const HEAD: &str = "  latents     L0  sparse ms   dense ms  dense/sparse  crossover    auto";
+}
+
+impl fmt::Display for CudaRoutes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{:>9} {:>6.1} {:>10.2} {:>10.2} {:>13.2} {:>10.0} {:>7}",
+            self.n_latents,
+            self.l0,
+            1e3 * self.sparse_seconds,
+            1e3 * self.dense_seconds,
+            self.dense_seconds / self.sparse_seconds,
+            self.crossover,
+            if self.auto == Route::Dense { "dense" } else { "sparse" }
+        )
+    }
+}
+
 impl CudaBench {
     /// Times `device`, whose products are computed as `products` says.
     #[must_use]
@@ -104,44 +140,13 @@ impl CudaBench {
     /// # Errors
     /// If the device fails.
     pub fn peaks(&self, d: usize, n_rows: usize, floats: usize) -> Result<CudaPeaks> {
-        let buffer = |n: usize| Buffer::zeros::<f32>(&self.device, n);
-        let (from, to) = (buffer(floats)?, buffer(floats)?);
-        let copy = self.time(|| self.device.copy(to.at(), from.at(), 4 * floats))?;
-        drop((from, to));
-        let (a, b, c) = (buffer(n_rows * d)?, buffer(COLUMNS * d)?, buffer(n_rows * COLUMNS)?);
-        let at = |buffer: &Buffer, leading, transposed| MatrixAt { at: buffer.at(), leading, transposed };
-        let product = Product {
-            m: n_rows,
-            n: COLUMNS,
-            k: d,
-            a: at(&a, d, false),
-            b: at(&b, d, true),
-            c: at(&c, COLUMNS, false),
-            factors: match self.products {
-                Products::F32 => Factors::F32,
-                Products::Tf32 => Factors::Tf32,
-                Products::Bf16 | Products::Bf16x3 => Factors::Bf16,
-            },
-            adds: false,
+        let factors = match self.products {
+            Products::F32 => Factors::F32,
+            Products::Tf32 => Factors::Tf32,
+            Products::Bf16 | Products::Bf16x3 => Factors::Bf16,
         };
-        let multiply = self.time(|| self.device.product(&product))?;
-        Ok(CudaPeaks {
-            device: self.device.name(),
-            bandwidth: 8.0 * floats as f64 / copy,
-            flops: 2.0 * (n_rows * COLUMNS * d) as f64 / multiply,
-        })
-    }
-
-    /// Seconds of one call, of many in a row after one.
-    fn time(&self, mut call: impl FnMut() -> Result<()>) -> Result<f64> {
-        call()?;
-        self.device.wait()?;
-        let started = Instant::now();
-        for _ in 0..REPEATS {
-            call()?;
-        }
-        self.device.wait()?;
-        Ok(started.elapsed().as_secs_f64() / REPEATS as f64)
+        let Rates { bandwidth, flops } = Rates::measure(&self.device, factors, [n_rows, COLUMNS, d], floats)?;
+        Ok(CudaPeaks { device: self.device.name(), bandwidth, flops })
     }
 
     /// The median of `steps` steps of a JumpReLU autoencoder on made-up vectors.
@@ -157,11 +162,58 @@ impl CudaBench {
         l0: usize,
         steps: usize,
     ) -> Result<CudaStep> {
-        ensure!(d > 0 && n_rows > 0 && steps > 0 && (1..n).contains(&l0), "nothing to time");
         let before = self.device.memory()?.0;
+        let timed = self.timed([d, n, n_rows, l0, steps], self.products.into())?;
+        let memory = before.saturating_sub(timed.free);
+        let moved = 32 * timed.touched * d + 4 * n_rows * 4 * d;
+        Ok(CudaStep {
+            n_rows,
+            n_latents: n,
+            l0: timed.l0,
+            seconds: timed.seconds,
+            forward_seconds: timed.forward_seconds,
+            product_floor: 2.0 * (n_rows * n * d) as f64 / peaks.flops,
+            bytes_floor: moved as f64 / peaks.bandwidth,
+            memory,
+        })
+    }
+
+    /// The median step on either route, as [`CudaBench::step`] takes them, and which of them `route = "auto"` takes with these rates.
+    ///
+    /// # Errors
+    /// As [`CudaBench::step`].
+    pub fn routes(&self, rates: &Rates, [d, n, n_rows, l0, steps]: [usize; 5]) -> Result<CudaRoutes> {
+        let of = |dense_from: f64| {
+            let options = CudaOptions { dense_from, ..self.products.into() };
+            self.timed([d, n, n_rows, l0, steps], options)
+        };
+        let (sparse, dense) = (of(f64::INFINITY)?, of(0.0)?);
+        ensure!(dense.dense && !sparse.dense, "there was no room for the dense route");
+        let crossover = Work { n_rows, n_latents: n, widths: [d, d] }.crossover(rates);
+        Ok(CudaRoutes {
+            n_latents: n,
+            l0: sparse.l0,
+            sparse_seconds: sparse.seconds,
+            dense_seconds: dense.seconds,
+            crossover,
+            auto: if sparse.kept >= crossover { Route::Dense } else { Route::Sparse },
+        })
+    }
+
+    /// The two rates by which `route = "auto"` decides about steps of this size.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn rates(&self, d: usize, n: usize, n_rows: usize) -> Result<Rates> {
+        let work = Work { n_rows, n_latents: n, widths: [d, d] };
+        Rates::remembered(&self.device, route::factors(self.products), &work, None)
+    }
+
+    fn timed(&self, [d, n, n_rows, l0, steps]: [usize; 5], options: CudaOptions) -> Result<Timed> {
+        ensure!(d > 0 && n_rows > 0 && steps > 0 && (1..n).contains(&l0), "nothing to time");
         let params = made_up(d, n, l0);
         let moments = Moments::new(&params, false);
-        let mut trainer = CudaTrainer::new(Arc::clone(&self.device), &params, &moments, 0, self.products)?;
+        let mut trainer = CudaTrainer::new(Arc::clone(&self.device), &params, &moments, 0, options)?;
         drop((params, moments));
         let mut batch = vec![0.0f32; n_rows * d];
         fill(&mut batch, d, 1);
@@ -170,7 +222,7 @@ impl CudaBench {
         let betas = Betas { first: 0.0, second: 0.999, eps: 1e-8 };
         let settings = Settings { lr: LR, own_lr: LR, betas, objective: &objective };
         let mut seconds: Vec<[f64; 2]> = Vec::new();
-        let (mut l0, mut touched) = (0.0, 0);
+        let mut timed = Timed::default();
         for step in 0..steps + 2 {
             let started = Instant::now();
             let forward = trainer.forward(&Resident::of(&self.device, rows, rows)?, &objective)?;
@@ -180,23 +232,29 @@ impl CudaBench {
             if step >= 2 {
                 seconds.push([started.elapsed().as_secs_f64(), after_forward]);
             }
-            (l0, touched) = (forward.losses.l0, forward.fired.len());
+            timed.l0 = forward.losses.l0;
+            timed.kept = forward.n_kept as f64 / n_rows as f64;
+            (timed.touched, timed.dense) = (forward.fired.len(), forward.dense);
         }
         seconds.sort_by(|a, b| a[0].total_cmp(&b[0]));
-        let [median, forward_seconds] = seconds[seconds.len() / 2];
-        let memory = before.saturating_sub(self.device.memory()?.0);
-        let moved = 32 * touched * d + 4 * n_rows * 4 * d;
-        Ok(CudaStep {
-            n_rows,
-            n_latents: n,
-            l0,
-            seconds: median,
-            forward_seconds,
-            product_floor: 2.0 * (n_rows * n * d) as f64 / peaks.flops,
-            bytes_floor: moved as f64 / peaks.bandwidth,
-            memory,
-        })
+        [timed.seconds, timed.forward_seconds] = seconds[seconds.len() / 2];
+        timed.free = self.device.memory()?.0;
+        Ok(timed)
     }
+}
+
+/// How the steps of one trainer went.
+#[derive(Default)]
+struct Timed {
+    seconds: f64,
+    forward_seconds: f64,
+    l0: f64,
+    /// Pairs kept of a row.
+    kept: f64,
+    touched: usize,
+    dense: bool,
+    /// Bytes free with the trainer in memory.
+    free: u64,
 }
 
 /// Unit directions that serve as encoder and decoder, and one threshold for all latents so that about `l0` of them are active on

@@ -9,7 +9,7 @@ mod mlsae_step;
 mod precision;
 mod train_step;
 
-pub use cuda::{CudaBench, CudaPeaks, CudaStep};
+pub use cuda::{CudaBench, CudaPeaks, CudaRoutes, CudaStep};
 pub use harvest::{HarvestBench, HarvestReady, HarvestRound};
 pub use mlsae_step::{MlsaeStepBench, MlsaeStepRound, Shape};
 pub use precision::{PrecisionReport, TapError, compare};

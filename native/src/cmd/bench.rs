@@ -37,7 +37,8 @@ enum Command {
     MlsaeStep(MlsaeStepArgs),
     /// Training steps on a card, width by width, beside what the card can do at best: its copy bandwidth and the speed of a product.
     ///
-    /// Prints a table; the floor of a step is its encoder product at that speed and the bytes that must move at that bandwidth.
+    /// Prints a table; the floor of a step is its encoder product at that speed and the bytes that must move at that bandwidth. With
+    /// `--routes`, a second table has both routes of a step, latent by latent and by matrix products, and which of them training takes.
     Cuda(CudaArgs),
 }
 
@@ -63,6 +64,9 @@ struct CudaArgs {
     /// Mean active latents of a row.
     #[arg(long, value_name = "N", default_value_t = 64)]
     l0: usize,
+    /// Mean active latents of a row at which both routes of a step are timed too, at each width.
+    #[arg(long, value_name = "N,...", value_delimiter = ',')]
+    routes: Vec<usize>,
     /// Steps timed of each, after two that are not.
     #[arg(long, value_name = "N", default_value_t = 10)]
     steps: usize,
@@ -183,6 +187,18 @@ fn cuda(args: &CudaArgs) -> Result<()> {
             Ok(step) => writeln!(io::stdout(), "{step}")?,
             // A width that does not fit is a line of the table, not the end of it.
             Err(error) => writeln!(io::stdout(), "{width:>9}  {error:#}")?,
+        }
+    }
+    if !args.routes.is_empty() {
+        writeln!(io::stdout(), "{}", crate::bench::CudaRoutes::HEAD)?;
+    }
+    for &width in &args.widths {
+        for &l0 in args.routes.iter().filter(|&&l0| l0 < width) {
+            let rates = bench.rates(args.d, width, args.batch)?;
+            match bench.routes(&rates, [args.d, width, args.batch, l0, args.steps]) {
+                Ok(routes) => writeln!(io::stdout(), "{routes}")?,
+                Err(error) => writeln!(io::stdout(), "{width:>9} {l0:>6}  {error:#}")?,
+            }
         }
     }
     Ok(())

@@ -8,8 +8,8 @@ use anyhow::{Context, Result, ensure};
 use shared::format::tensors::TensorFile;
 use shared::{Codes, Dims, Rows};
 
-use crate::cpu::CpuBackend;
-use crate::{files, sae_files};
+use crate::backend::Backend;
+use crate::{cuda, files, sae_files};
 
 /// Rows encoded and written at a time.
 const CHUNK_ROWS: usize = 1024;
@@ -20,7 +20,8 @@ const LARGEST_OUTPUT: u64 = 64 << 30;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Reads `x` [n, d_in] (f32, f16, bf16 or f64) and writes, in f32, `features` [n, width], dense, and \
-`reconstruction` [n, d_out]. The active set is that of exact arithmetic. Where an autoencoder normalises vectors one by one, \
+`reconstruction` [n, d_out]. The active set is that of exact arithmetic, on the processor and on a card; values of a card are \
+f32 sums, those of the processor f64 sums rounded once. Where an autoencoder normalises vectors one by one, \
 features are in the units of the normalised vector, reconstructions in those of the given one.
 
 Example:
@@ -35,6 +36,9 @@ pub(crate) struct Args {
     /// The safetensors file to write.
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
+    /// What encodes: auto (a card where there is one), cpu, or a card such as cuda:0.
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    device: cuda::Choice,
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
@@ -50,7 +54,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         LARGEST_OUTPUT >> 30
     );
     let header = header(&[("features", n_rows, n_latents), ("reconstruction", n_rows, d_out)]);
-    let backend = CpuBackend::new(sae);
+    let device = cuda::open(args.device)?;
+    let backend = Backend::new(sae, device.as_ref())?;
     let mut n_active = 0;
     files::write_atomic(&args.out, |out| {
         out.write_all(&header)?;
@@ -152,7 +157,8 @@ mod tests {
         let n_rows = CHUNK_ROWS + 5;
         let x = wave(n_rows * 3, 0.9);
         files::write_bytes(&path("x"), &serialize("x", &[("x", &[n_rows, 3], &x)]).unwrap()).unwrap();
-        let mut args = Args { sae: path("sae"), input: path("x"), out: path("out") };
+        let (sae_path, device) = (path("sae"), cuda::Choice::Cpu);
+        let mut args = Args { sae: sae_path, input: path("x"), out: path("out"), device };
         run(&args).unwrap();
         let bytes = fs::read(path("out")).unwrap();
         let out = TensorFile::open("out", &bytes).unwrap();

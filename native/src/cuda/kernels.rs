@@ -83,14 +83,16 @@ kernels! {
     "center.cu": Center = "center";
     "keep_above.cu": KeepAbove = "keep_above";
     "keep_largest.cu": KeepLargest = "keep_largest", MarkMulti = "mark_multi";
-    "keep_batch.cu": BatchHistogram = "batch_histogram", BatchEqual = "batch_equal", BatchRetain = "batch_retain";
+    "keep_batch.cu": BatchCount = "batch_count", BatchHistogram = "batch_histogram", BatchEqual = "batch_equal", BatchRetain = "batch_retain";
+    "dense.cu": DenseBase = "dense_base", DenseActivations = "dense_activations", DenseErrors = "dense_errors", DenseSignals = "dense_signals";
     "decode.cu": Decode = "decode", PushBack = "push_back";
     "tally.cu": Tally = "tally", Totals = "totals", Lengths = "lengths";
     "by_latent.cu": CountEntries = "count_entries", Scan = "scan", PlaceEntries = "place_entries", SortEntries = "sort_entries";
-    "update.cu": Update = "update";
+    "update.cu": Update = "update", UpdateFromProducts = "update_from_products";
     "bias.cu": SumResiduals = "sum_residuals", UpdateBias = "update_bias";
     "columns.cu": ResidualSums = "residual_sums", InputSums = "input_sums";
     "pull.cu": PullTerms = "pull_terms";
+    "reconstruct.cu": Reconstruct = "reconstruct";
     "split.cu": Split = "split";
     "gather.cu": Gather = "gather", RowMoments = "row_moments";
     "skip.cu": WeighResiduals = "weigh_residuals", UpdateDense = "update_dense";

@@ -1,10 +1,11 @@
-//! Training on a CUDA card: one step of every objective, with the kernels of `kernels/`.
+//! Training and encoding on a CUDA card: one step of every objective, and released autoencoders, with the kernels of `kernels/`.
 //!
 //! [`device`] is the seam: memory, launches, products; `card` is a card behind it, with [`libraries`] found and kernels compiled (`nvrtc`) at
-//! run time. [`trainer`] takes a step through it and knows nothing of cards. [`kernels`] has
+//! run time. [`trainer`] takes a step through it and knows nothing of cards, and neither does [`backend`], which encodes and decodes. [`kernels`] has
 //! the sources and what they are compiled for, [`step`] the structure that tells a kernel everything, [`geometry`] the sizes of
 //! launches and buffers.
 
+pub mod backend;
 pub mod batch;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub mod card;
@@ -20,17 +21,20 @@ pub mod libraries;
 pub mod nvrtc;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 mod pinned;
+pub mod route;
 pub mod step;
 pub mod trainer;
 
+pub use backend::{CudaBackend, CudaError};
 pub use batch::Resident;
 pub use choice::Choice;
 pub use device::{Argument, Buffer, Device, Factors, HostMemory, MatrixAt, Product};
 pub use feed::{Feed, Gathering, Placement, Readable, TapAt};
 pub use intercept::Intercept;
 pub use kernels::{Kernel, PRELUDE, Shape};
+pub use route::{Rates, Work};
 pub use step::{Address, Step};
-pub use trainer::{CudaForward, CudaTrainer};
+pub use trainer::{CudaForward, CudaOptions, CudaTrainer};
 
 use std::sync::Arc;
 

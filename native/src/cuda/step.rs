@@ -67,6 +67,9 @@ pub struct Step {
     pub deviations: Address,
     pub layer_rows: Address,
     pub lambda_per_row: Address,
+    pub norms: Address,
+    pub margin_scale: Address,
+    pub margin_offset: Address,
     pub beta2: f64,
     pub n_rows: u32,
     pub n_latents: u32,
@@ -119,5 +122,11 @@ pub const MULTI: u32 = 1 << 31;
 /// Sums of a row: squared errors (whole, prefixes, multi, gate, aux), active latents, penalty, two mean powers, and the squared
 /// distance of the whole error from its own mean, in the row's own unit.
 pub const ROW_SUMS: usize = 10;
+/// The number with these ordered bits: the inverse of `key_of` in `kernels/prelude.cu`.
+#[must_use]
+pub fn of_key(key: u32) -> f32 {
+    f32::from_bits(if key >> 31 == 1 { key ^ (1 << 31) } else { !key })
+}
+
 /// Layers with thresholds of their own, at most.
 pub const MAX_LAYERS: usize = 128;

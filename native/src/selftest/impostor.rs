@@ -9,13 +9,13 @@ use crate::cuda::{Device, Intercept, Kernel, Step};
 pub struct Mistake {
     /// What is wrong.
     pub name: &'static str,
-    /// The case that shows it.
+    /// The case that shows it: of training, or what is in the name of one of the conformance suite.
     pub case: &'static str,
     /// What a kernel is told instead.
     change: fn(Kernel, &mut Step),
 }
 
-/// Every mistake.
+/// Every mistake of a training step.
 pub const MISTAKES: [Mistake; 10] = [
     Mistake {
         name: "the window has one side",
@@ -42,6 +42,32 @@ pub const MISTAKES: [Mistake; 10] = [
         name: "layers share the first threshold",
         case: "jumprelu, thresholds of layers",
         change: |_, step| step.layers = 0,
+    },
+];
+
+/// Mistakes in encoding with a released autoencoder.
+pub const ENCODING: [Mistake; 5] = [
+    Mistake { name: "f32 decides near a threshold", case: "jumprelu", change: |_, step| step.norms = 0 },
+    Mistake { name: "f32 decides near zero", case: "relu", change: |_, step| step.norms = 0 },
+    Mistake {
+        name: "margins do not grow with the vector",
+        case: "jumprelu",
+        change: |_, step| step.margin_scale = step.margin_offset,
+    },
+    Mistake {
+        name: "no encoder bias",
+        case: "relu",
+        // The margins are next to nothing.
+        change: |_, step| step.b_enc = step.margin_offset,
+    },
+    Mistake {
+        name: "fewer than k are kept",
+        case: "top-k",
+        change: |kernel, step| {
+            if kernel == Kernel::KeepLargest {
+                step.largest = step.largest.min(4);
+            }
+        },
     },
 ];
 

@@ -1,10 +1,11 @@
 //! Judging a training step: twenty steps of every variant against the dense f64 optimiser, tensor by tensor.
 //!
 //! The processor's step and a card's are judged by the same; so are impostors of a card's, which must be found out
-//! ([`impostor`]).
+//! ([`impostor`]). [`table`] adds the conformance suite, which judges encoding and decoding, and prints how all of it went.
 
 pub mod cases;
 pub mod impostor;
+pub mod table;
 pub mod textbook;
 
 use anyhow::{Context, Result, ensure};
@@ -79,7 +80,20 @@ impl Learner for OnProcessor {
 
 /// The step of a device with kernels.
 #[derive(Debug)]
-pub struct OnDevice(pub CudaTrainer, pub Option<CudaForward>);
+pub struct OnDevice {
+    trainer: CudaTrainer,
+    forward: Option<CudaForward>,
+    /// Whether the last step took the dense route.
+    pub dense: bool,
+}
+
+impl OnDevice {
+    /// A trainer before its first step.
+    #[must_use]
+    pub fn new(trainer: CudaTrainer) -> Self {
+        Self { trainer, forward: None, dense: false }
+    }
+}
 
 impl Learner for OnDevice {
     fn forward(
@@ -88,19 +102,20 @@ impl Learner for OnDevice {
         y: Rows<'_>,
         objective: &Objective,
     ) -> Result<(Losses, Vec<u32>, usize)> {
-        let batch = Resident::of(self.0.device(), x, y)?;
-        let forward = self.0.forward(&batch, objective)?;
+        let batch = Resident::of(self.trainer.device(), x, y)?;
+        let forward = self.trainer.forward(&batch, objective)?;
         let seen = (forward.losses, forward.fired.clone(), forward.n_active);
-        self.1 = Some(forward);
+        self.dense = forward.dense;
+        self.forward = Some(forward);
         Ok(seen)
     }
 
     fn update(&mut self, settings: &Settings<'_>) -> Result<()> {
-        self.0.update(&self.1.take().context("no forward pass")?, settings)
+        self.trainer.update(&self.forward.take().context("no forward pass")?, settings)
     }
 
     fn params(&self) -> Result<Params> {
-        Ok(self.0.download()?.0)
+        Ok(self.trainer.download()?.0)
     }
 }
 

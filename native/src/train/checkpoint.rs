@@ -15,7 +15,7 @@ use safetensors::tensor::{Metadata, TensorInfo, TensorView};
 use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use shared::config::train::{EncoderPrecision, Products, TrainConfig};
+use shared::config::train::{EncoderPrecision, Products, Route, TrainConfig};
 use shared::metrics::Dead;
 
 use super::guard::Guard;
@@ -76,6 +76,8 @@ pub fn identity(config: &TrainConfig, data: &Value) -> Result<Value> {
         tensorboard: false,
         encoder_precision: EncoderPrecision::F32,
         products: Products::default(),
+        route: Route::default(),
+        deterministic: true,
         ..config.clone()
     };
     // Through text, so that it compares equal to what is read back.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use shared::Rows;
-use shared::config::train::Products;
+use shared::config::train::TrainConfig;
 use shared::loss::{Losses, Objective, row_moments};
 
 use super::forward::Forward;
@@ -16,7 +16,7 @@ use super::order::Pairs;
 use super::params::{Moments, Tensors};
 use super::resample::Rest;
 use super::step::{Settings, Trainer};
-use crate::cuda::{CudaForward, CudaTrainer, Device, Resident};
+use crate::cuda::{CudaForward, CudaTrainer, Device, Resident, route};
 
 /// A device that several runs may share.
 pub type SharedDevice = Arc<dyn Device + Send + Sync>;
@@ -74,11 +74,13 @@ impl Engine {
     pub(super) fn new(
         trainer: &mut Trainer,
         device: Option<&SharedDevice>,
-        products: Products,
+        config: &TrainConfig,
     ) -> Result<Self> {
         let Some(device) = device else { return Ok(Self::Processor) };
         let device = Arc::clone(device);
-        let on_device = CudaTrainer::new(device, &trainer.params, &trainer.moments, trainer.step, products)?;
+        let widths = [trainer.params.d_in, trainer.params.d_out];
+        let options = route::options(config, widths, &device)?;
+        let on_device = CudaTrainer::new(device, &trainer.params, &trainer.moments, trainer.step, options)?;
         forget(trainer);
         Ok(Self::Device(Box::new(on_device)))
     }

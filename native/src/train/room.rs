@@ -2,6 +2,8 @@
 
 use std::collections::BTreeSet;
 
+use shared::config::train::Route;
+
 use super::source::{ActivationSource, Wiring};
 use super::suite::Job;
 use crate::cuda::{Placement, geometry};
@@ -34,6 +36,9 @@ impl Room {
             let l0 = config.target_l0.unwrap_or(config.k as f64).max(64.0);
             let momentum = config.beta1 > 0.0;
             room.trainers += geometry::bytes(config.width, widths, config.batch, channels, l0, momentum);
+            if config.route != Route::Sparse {
+                room.trainers += geometry::dense_bytes(config.width, widths, config.batch);
+            }
             taps.extend(wiring.taps());
             let rows = super::normalise::row_scaling(config.normalise);
             scaled |= !rows.is_none();

@@ -114,7 +114,7 @@ impl<'a> Run<'a> {
             tracing::warn!("this processor has no AVX512-BF16: the encoder product is computed in f32");
         }
         let first_step = state.trainer.step;
-        let engine = Engine::new(&mut state.trainer, device, config.products)?;
+        let engine = Engine::new(&mut state.trainer, device, config)?;
         let log = Log::open(&out.join("log.jsonl"), first_step, config)?;
         write_bytes(&out.join("config.toml"), to_toml(config)?.as_bytes())?;
         Ok(Self {

@@ -1,5 +1,5 @@
 // Runs CUDA kernels on the processor: the threads of a block are fibers on one thread of the operating system, which take turns
-// at every barrier and warp operation, in the order of their numbers. Blocks run one after the other. What a kernel computes is
+// at every barrier and warp operation, in the order of their numbers. Blocks run one after the other, first to last or last to first. What a kernel computes is
 // what a card would compute, but for rounding of library functions; how fast says nothing.
 //
 // Registers, memory order between blocks and alignment are not checked.
@@ -29,6 +29,7 @@ static jmp_buf scheduler;
 static ucontext_t outside;
 static unsigned current;
 static void (*body)(void **);
+static bool backwards;
 static void **arguments;
 // What each lane of a warp offers to the others.
 static uint32_t offered[1024];
@@ -79,7 +80,7 @@ static void run(void (*kernel)(void **), unsigned blocks, unsigned threads, void
     gridDim = {blocks, 1, 1};
     blockDim = {threads, 1, 1};
     for (unsigned block = 0; block < blocks; block++) {
-        blockIdx = {block, 0, 0};
+        blockIdx = {backwards ? blocks - 1 - block : block, 0, 0};
         run_block(threads);
     }
 }
@@ -113,8 +114,8 @@ template <class T> static inline T __shfl_up_sync(unsigned, T value, int delta) 
     int lane = (int)(threadIdx.x % 32);
     return exchange(value, lane >= delta ? lane - delta : lane);
 }
-static inline unsigned atomicAdd(unsigned *at, unsigned value) {
-    unsigned before = *at;
+template <class T> static inline T atomicAdd(T *at, T value) {
+    T before = *at;
     *at += value;
     return before;
 }

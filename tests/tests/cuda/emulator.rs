@@ -2,7 +2,6 @@
 //! (`cuda_on_cpu.h`), so that everything above the seam of `native::cuda` is tested without a card.
 #![expect(unsafe_code, reason = "calls into the library made of the kernels, at addresses that it allocated")]
 
-use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_void;
 use std::fmt::Write as _;
@@ -16,11 +15,18 @@ use native::cuda::{Address, Argument, Device, Factors, HostMemory, Kernel, PRELU
 
 type Run = unsafe extern "C" fn(u32, u32, *mut *mut c_void);
 
+/// Kernels of a shape, once they are compiled. A library runs one kernel at a time.
+type Compiled = Arc<Mutex<Option<Library>>>;
+
+/// What has been compiled by any device of the process.
+static LIBRARIES: Mutex<Option<HashMap<Shape, Compiled>>> = Mutex::new(None);
+
 /// The device. Its memory is the program's, and is checked to be used within what was allocated.
 #[derive(Debug)]
 pub(crate) struct Emulator {
     folder: PathBuf,
-    libraries: Mutex<HashMap<Shape, Library>>,
+    /// Whether blocks run last to first, so that atomics find another order.
+    backwards: bool,
     memory: Mutex<BTreeMap<Address, Vec<u64>>>,
     /// Bytes there are.
     room: usize,
@@ -68,8 +74,14 @@ impl Emulator {
     /// A device of so many bytes.
     #[must_use]
     pub(crate) fn with_room(folder: &Path, room: usize) -> Self {
-        let (libraries, memory, host, beside) = Default::default();
-        Self { folder: folder.to_owned(), libraries, memory, room, host, beside }
+        let (memory, host, beside) = Default::default();
+        Self { folder: folder.to_owned(), backwards: false, memory, room, host, beside }
+    }
+
+    /// A device whose blocks run in the other order.
+    #[must_use]
+    pub(crate) fn backwards(folder: &Path) -> Self {
+        Self { backwards: true, ..Self::new(folder) }
     }
 
     /// Bytes allocated and not given back.
@@ -102,6 +114,7 @@ impl Emulator {
             );
         }
         source.push_str("extern \"C\" unsigned size_of_step() { return sizeof(Step); }\n");
+        source.push_str("extern \"C\" void run_backwards(bool yes) { emulator::backwards = yes; }\n");
         let name = format!("kernels-{}-{}-{}", shape.d_in, shape.d_out, shape.threads);
         let (cpp, so) = (self.folder.join(format!("{name}.cpp")), self.folder.join(format!("{name}.so")));
         std::fs::write(&cpp, source)?;
@@ -248,10 +261,11 @@ impl Device for Emulator {
 
     fn launch(&self, kernel: Kernel, shape: Shape, blocks: usize, arguments: &[Argument<'_>]) -> Result<()> {
         ensure!(blocks > 0, "{} was launched with no block", kernel.entry());
-        let mut libraries = lock(&self.libraries);
-        let library = match libraries.entry(shape) {
-            Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(entry) => entry.insert(self.compile(shape)?),
+        let compiled = Arc::clone(lock(&LIBRARIES).get_or_insert_default().entry(shape).or_default());
+        let mut library = lock(&compiled);
+        let library = match &mut *library {
+            Some(library) => library,
+            none => none.insert(self.compile(shape)?),
         };
         let name = format!("run_{}", kernel.entry());
         let mut pointers: Vec<*mut c_void> = arguments
@@ -265,6 +279,7 @@ impl Device for Emulator {
             .collect();
         // SAFETY: the function was written by `compile`, with this type; arguments are only read, in the sizes the kernel has.
         unsafe {
+            library.get::<unsafe extern "C" fn(bool)>(b"run_backwards")?(self.backwards);
             let entry = library.get::<Run>(name.as_bytes())?;
             entry(u32::try_from(blocks)?, u32::try_from(shape.threads)?, pointers.as_mut_ptr());
         }

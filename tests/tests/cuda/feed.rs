@@ -286,6 +286,7 @@ fn training_on_either_batch_is_the_same() {
 const KEYS: &str = "\
 width = 32
 steps = 12
+route = 'sparse'
 batch = 96
 log_every = 4
 checkpoint_every = 5

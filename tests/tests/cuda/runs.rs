@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use native::cuda::{Intercept, Kernel, Step};
+use native::cuda::{Intercept, Kernel, Rates, Step, route};
 use native::stop::{StopFlag, Stopped};
 use native::train::{ActivationSource, Job, SharedDevice, VectorsFile, run_all_on};
 use shared::Rows;
@@ -23,8 +23,10 @@ log_every = 4
 checkpoint_every = 6
 lr = 0.003
 dead_window = 200
+route = 'sparse'
 [[sae]]
 name = 'jumprelu'
+route = 'dense'
 target_l0 = 3.0
 resample_every = 8
 [[sae]]
@@ -137,4 +139,42 @@ fn a_checkpoint_that_cannot_be_written_ends_its_run_alone() {
         assert!(results[at].is_ok() && jobs[at].out.join("checkpoint/earlier.safetensors").exists(), "{at}");
     }
     assert!(!jobs[1].out.join("run.json").exists());
+}
+
+/// `auto` decides by what the device can do, remembers that, and says it; where it cannot choose it says so too.
+#[test]
+fn the_route_is_decided_by_rates_that_are_remembered() {
+    let folder = tempfile::tempdir().unwrap();
+    let emulator: SharedDevice = Arc::new(Emulator::new(folder.path()));
+    let rates = folder.path().join("rates");
+    let from = |keys: &str| {
+        let config = resolve(&format!("width = 512\nbatch = 16\n{keys}"), &[]).unwrap();
+        route::dense_from(&config, [D, D], &emulator, Some(&rates)).unwrap()
+    };
+    let (first, why) = from("");
+    let files = || std::fs::read_dir(&rates).unwrap().map(|file| file.unwrap().path()).collect::<Vec<_>>();
+    assert!(first > 0.0 && first.is_finite() && why.contains("TFLOP/s"), "{first}: {why}");
+    assert_eq!((from("").0, files().len()), (first, 1));
+    // What is remembered decides.
+    let known = |flops: f64| {
+        let text = serde_json::to_vec(&Rates { bandwidth: 1e9, flops }).unwrap();
+        std::fs::write(&files()[0], text).unwrap();
+    };
+    known(1e15);
+    let (soon, why) = from("");
+    assert!(soon < 512.0 && why.contains("dense route from"), "{soon}: {why}");
+    known(1.0);
+    let (never, why) = from("");
+    assert!(never > 512.0 && why.contains("sparse route, however many"), "{never}: {why}");
+    // Nonsense is measured anew.
+    std::fs::write(&files()[0], b"nothing").unwrap();
+    assert!(from("").0 != never);
+    assert_eq!(from("route = 'dense'").0, 0.0);
+    assert_eq!(from("route = 'sparse'").0, f64::INFINITY);
+    for own in ["aux_k = 4", "activation = 'gated'", "prefixes = [0.5, 1.0]"] {
+        for route in ["auto", "dense"] {
+            let (from, why) = from(&format!("route = '{route}'\n{own}"));
+            assert!(from == f64::INFINITY && why.contains("residuals of their own"), "{own}: {why}");
+        }
+    }
 }

@@ -17,7 +17,7 @@ use super::device::{Gpu, GpuError};
 use super::pipeline::{
     DECODE_COLUMNS, DecodeParams, ENCODE_TILE, EncodeParams, Entry, Hit, LatentConstants, Pipelines,
 };
-use super::top_k::exact_top_k;
+use shared::top_k::exact_top_k;
 
 /// How dictionaries and batches are cut; the defaults fit every WebGPU device.
 #[derive(Debug, Clone, Copy)]

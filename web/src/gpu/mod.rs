@@ -5,12 +5,11 @@
 //! blocks of latents, each in a buffer of its own.
 //!
 //! - [`device`]: finding an adapter and saying why there is none; [`pipeline`]: shaders, and the Rust
-//!   side of their structs; [`forward`]: encode and decode, made exact on the host; [`top_k`]: the same for top-k.
+//!   side of their structs; [`forward`]: encode and decode, made exact on the host.
 
 pub mod device;
 pub mod forward;
 pub mod pipeline;
-pub mod top_k;
 
 pub use device::{Gpu, GpuError};
 pub use forward::{Blocks, GpuBackend};

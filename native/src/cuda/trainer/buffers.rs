@@ -6,6 +6,7 @@ use shared::loss::Objective;
 use super::super::device::Buffer;
 use super::super::geometry;
 use super::super::step::ROW_SUMS;
+use super::dense::Dense;
 use super::describe::channels;
 use super::{CudaTrainer, ROWS_OF_PART, Shared};
 use crate::train::{Latents, Tensors};
@@ -53,6 +54,8 @@ pub(super) struct Workspace {
     pub(super) capacity: usize,
     pub(super) dead_capacity: usize,
     pub(super) n_entries: usize,
+    /// Latents of which pre-activations are computed at a time.
+    pub(super) at_once: usize,
     pub(super) input: Buffer,
     pub(super) base: Buffer,
     pub(super) products: Buffer,
@@ -75,6 +78,8 @@ pub(super) struct Workspace {
     pub(super) residuals: Buffer,
     pub(super) keys: [Buffer; 2],
     pub(super) values: [Buffer; 2],
+    /// What the dense route takes besides, where it may be taken.
+    pub(super) dense: Option<Dense>,
 }
 
 /// Buffers that depend on the dictionary alone.
@@ -105,7 +110,6 @@ pub(super) struct Fixed {
 impl CudaTrainer {
     /// Buffers for `n_rows` rows: those of the last step, where they fit.
     pub(super) fn workspace(&mut self, n_rows: usize, objective: &Objective) -> Result<Workspace> {
-        let n = self.about.n_latents();
         let n_channels = channels(&self.about, objective).count;
         let threads = self.shape.threads;
         let capacity = match self.about.latents {
@@ -131,7 +135,7 @@ impl CudaTrainer {
         Ok(Workspace {
             input: floats(if self.about.pre_bias { n_rows * d_in } else { 0 })?,
             base: floats(skip)?,
-            products: floats(n_rows * geometry::latents_at_once(n_rows, n))?,
+            products: floats(n_rows * self.at_once(n_rows))?,
             halves: self.halves(n_rows)?,
             kept_latents: counts(n_rows * capacity)?,
             kept_z: floats(n_rows * capacity)?,
@@ -150,7 +154,9 @@ impl CudaTrainer {
             residuals: floats(skip)?,
             keys: [counts(0)?, counts(0)?],
             values: [floats(0)?, floats(0)?],
+            dense: self.dense(n_rows, objective)?,
             n_entries: 0,
+            at_once: self.at_once(n_rows),
             n_rows,
             n_channels,
             capacity,

@@ -27,7 +27,7 @@ impl CudaTrainer {
         };
         let (largest, cut) = match self.about.latents {
             Latents::TopK { k } => (objective.multi.map_or(k, |multi| multi.k.max(k)), 0.0),
-            Latents::BatchTopK { threshold, .. } => (0, SEARCH_FROM * threshold),
+            Latents::BatchTopK { .. } => (0, SEARCH_FROM * self.smallest),
             _ => (0, 0.0),
         };
         let present = |present: bool, buffer: &Buffer| if present { buffer.at() } else { 0 };

@@ -9,7 +9,7 @@ use super::super::batch::Resident;
 use super::super::device::{Argument, Buffer, MatrixAt, Product};
 use super::super::geometry;
 use super::super::kernels::Kernel;
-use super::super::step::ROW_SUMS;
+use super::super::step::{ROW_SUMS, of_key};
 use super::buffers::Workspace;
 use super::describe::is_mlsae;
 use super::{CudaForward, CudaTrainer};
@@ -86,25 +86,26 @@ impl CudaTrainer {
         if self.about.pre_bias {
             self.launch(Kernel::Center, n_rows, &[])?;
         }
-        self.encode(work, objective)?;
-        if self.fixed.overflow.read::<u32>(1)? != [0] {
-            return Ok(None);
-        }
         let mut smallest = None;
         if let Latents::BatchTopK { k, .. } = self.about.latents {
             let wanted = k * n_rows;
-            let mut found = self.n_kept(work)?;
-            if found < wanted && self.told.cut > 0.0 {
-                self.told.cut = 0.0;
-                self.encode(work, objective)?;
-                if self.fixed.overflow.read::<u32>(1)? != [0] {
-                    return Ok(None);
-                }
-                found = self.n_kept(work)?;
+            let counted = self.told.cut <= 0.0;
+            if counted {
+                self.told.cut = self.cut(work, wanted)?;
             }
+            let mut found = self.keep(work, objective)?;
+            // The batch before was another kind of batch: too little was kept, or more than there is room for.
+            if !counted && found.is_none_or(|found| found < wanted) {
+                self.told.cut = self.cut(work, wanted)?;
+                found = self.keep(work, objective)?;
+            }
+            let Some(found) = found else { return Ok(None) };
             smallest = self.keep_batch(work, wanted, found)?;
+        } else if self.keep(work, objective)?.is_none() {
+            return Ok(None);
         }
-        self.order(work)?;
+        let n_kept = self.order(work)?;
+        let dense = work.dense.is_some() && n_kept as f64 >= self.options.dense_from * n_rows as f64;
         if self.has_skip() {
             let (d_in, d_out) = (self.about.d_in, self.about.d_out);
             self.device.product(&Product {
@@ -118,7 +119,11 @@ impl CudaTrainer {
                 adds: false,
             })?;
         }
-        self.launch(Kernel::Decode, n_rows, &[])?;
+        if dense {
+            self.decode_dense(work)?;
+        } else {
+            self.launch(Kernel::Decode, n_rows, &[])?;
+        }
         let lengths = Argument::Address(self.fixed.lengths.at());
         if self.told.decoder_norm != 0 {
             self.launch(Kernel::Lengths, self.about.n_latents(), &[lengths])?;
@@ -126,7 +131,47 @@ impl CudaTrainer {
         self.fixed.fired.clear()?;
         self.launch(Kernel::Tally, n_rows, &[lengths])?;
         self.launch(Kernel::Totals, 1, &[])?;
-        self.found(work, objective, smallest).map(Some)
+        let found = self.found(work, objective, smallest)?;
+        Ok(Some(CudaForward { n_kept, dense, ..found }))
+    }
+
+    /// What is worth keeping of the batch so that the `wanted` largest are there: a pass over the encoder product that only counts.
+    fn cut(&self, work: &Workspace, wanted: usize) -> Result<f32> {
+        let histogram = Buffer::zeros::<u64>(&self.device, geometry::BINS)?;
+        self.split_inputs(work)?;
+        self.each_product(work, |[first, width, leading]| {
+            let histogram = Argument::Address(histogram.at());
+            self.launch(Kernel::BatchCount, work.n_rows, &[first, width, leading, histogram])
+        })?;
+        Ok(geometry::cut_of(&histogram.read::<u64>(geometry::BINS)?, wanted))
+    }
+
+    /// The encoder product, some latents at a time; `then` is told the first of them, how many, and their room.
+    fn each_product(
+        &self,
+        work: &Workspace,
+        then: impl Fn([Argument<'static>; 3]) -> Result<()>,
+    ) -> Result<()> {
+        let n = self.about.n_latents();
+        for first in (0..n).step_by(work.at_once) {
+            let width = work.at_once.min(n - first);
+            self.encoder_product(work, first, width, work.at_once)?;
+            then([first, width, work.at_once].map(|n| Argument::U32(n as u32)))?;
+        }
+        Ok(())
+    }
+
+    /// Encodes; how many were kept, or `None` when a row had too little room. Only BatchTopK wants the number.
+    fn keep(&self, work: &Workspace, objective: &Objective) -> Result<Option<usize>> {
+        self.encode(work, objective)?;
+        if self.fixed.overflow.read::<u32>(1)? != [0] {
+            return Ok(None);
+        }
+        if !matches!(self.about.latents, Latents::BatchTopK { .. }) {
+            return Ok(Some(0));
+        }
+        let counts = work.kept_counts.read::<u32>(work.n_rows)?;
+        Ok(Some(counts.into_iter().map(|count| count as usize).sum()))
     }
 
     /// The encoder product, some latents at a time, and what is kept of it.
@@ -140,11 +185,7 @@ impl CudaTrainer {
         work.dead_counts.clear()?;
         work.floors.clear()?;
         self.fixed.overflow.clear()?;
-        let at_once = geometry::latents_at_once(n_rows, n);
-        for first in (0..n).step_by(at_once) {
-            let width = at_once.min(n - first);
-            self.encoder_product(work, first, width, at_once)?;
-            let [first, width, leading] = [first, width, at_once].map(|n| Argument::U32(n as u32));
+        self.each_product(work, |[first, width, leading]| {
             if largest {
                 self.launch(Kernel::KeepLargest, n_rows, &[first, width, leading, Argument::U32(0)])?;
             } else {
@@ -153,17 +194,14 @@ impl CudaTrainer {
             if dead {
                 self.launch(Kernel::KeepLargest, n_rows, &[first, width, leading, Argument::U32(1)])?;
             }
-        }
+            Ok(())
+        })?;
         match (self.about.latents, &objective.multi) {
             (Latents::TopK { k }, Some(multi)) if multi.k > k => {
                 self.launch(Kernel::MarkMulti, n_rows, &[Argument::U32(k as u32)])
             }
             _ => Ok(()),
         }
-    }
-
-    fn n_kept(&self, work: &Workspace) -> Result<usize> {
-        Ok(work.kept_counts.read::<u32>(work.n_rows)?.into_iter().map(|count| count as usize).sum())
     }
 
     /// Keeps the `wanted` largest of all rows, ties going to earlier ones, of `found`; returns the smallest kept.
@@ -192,7 +230,7 @@ impl CudaTrainer {
         self.device.launch(Kernel::Scan, self.shape, 1, &[equal, before, n_rows])?;
         let retain = [Argument::U32(prefix), Argument::U32(left as u32), before];
         self.launch(Kernel::BatchRetain, work.n_rows, &retain)?;
-        Ok(Some(f32::from_bits(prefix)))
+        Ok(Some(of_key(prefix)))
     }
 
     /// The smallest value kept, where that is everything positive.
@@ -203,8 +241,8 @@ impl CudaTrainer {
         Ok(rows.flat_map(|(row, count)| &row[..count as usize]).copied().min_by(f32::total_cmp))
     }
 
-    /// What was kept, by latent.
-    fn order(&mut self, work: &mut Workspace) -> Result<()> {
+    /// What was kept, by latent; how many entries that are.
+    fn order(&mut self, work: &mut Workspace) -> Result<usize> {
         let n = self.about.n_latents();
         self.fixed.cursors.clear()?;
         self.launch(Kernel::CountEntries, work.n_rows, &[])?;
@@ -214,20 +252,26 @@ impl CudaTrainer {
         let mut total = [0u32];
         self.fixed.offsets.read_from(n, &mut total)?;
         let total = total[0] as usize;
+        // Where any order will do, lists stay as they were found.
+        let sorted = usize::from(self.options.deterministic);
         if total > work.n_entries {
             // A little more than asked for, so that the next batch fits too.
             work.n_entries = total + total / 4;
-            for buffer in work.keys.iter_mut().chain(&mut work.values) {
-                *buffer = Buffer::new::<u32>(&self.device, work.n_entries)?;
+            for i in 0..=sorted {
+                work.keys[i] = Buffer::new::<u32>(&self.device, work.n_entries)?;
+                work.values[i] = Buffer::new::<u32>(&self.device, work.n_entries)?;
             }
         }
         self.told.keys = work.keys[0].at();
-        self.told.sorted_keys = work.keys[1].at();
+        self.told.sorted_keys = work.keys[sorted].at();
         self.told.values = work.values[0].at();
-        self.told.sorted_values = work.values[1].at();
+        self.told.sorted_values = work.values[sorted].at();
         self.fixed.cursors.clear()?;
         self.launch(Kernel::PlaceEntries, work.n_rows, &[])?;
-        self.launch(Kernel::SortEntries, n, &[])
+        if self.options.deterministic {
+            self.launch(Kernel::SortEntries, n, &[])?;
+        }
+        Ok(total)
     }
 
     /// Reads what the pass found.
@@ -268,6 +312,8 @@ impl CudaTrainer {
         Ok(CudaForward {
             losses,
             n_active: active as usize,
+            n_kept: 0,
+            dense: false,
             fired: (0u32..).zip(fired).filter_map(|(latent, fired)| (fired != 0).then_some(latent)).collect(),
             mean_powers: [power_a / n, power_b / n],
             levels,

@@ -19,19 +19,52 @@ use crate::train::{Moments, Params, Tensors};
 use buffers::{Arrays, Fixed, Workspace};
 
 mod buffers;
+mod dense;
 mod describe;
 mod forward;
 mod multiply;
 mod update;
 
+pub use dense::has_dense_route;
+
 /// Rows of a part of the sum over rows.
 const ROWS_OF_PART: usize = 32;
-/// A share of the last smallest value chosen above which BatchTopK looks for its largest values first.
-const SEARCH_FROM: f32 = 0.5;
+/// A share of the last batch's smallest chosen value above which BatchTopK looks for its largest values first.
+const SEARCH_FROM: f32 = 0.9;
 /// Weight of the newest batch in the running threshold of BatchTopK.
 const NEWEST: f32 = 0.01;
 
 type Shared = Arc<dyn Device + Send + Sync>;
+
+/// How a device takes a step, where there is a choice: what the step means does not depend on it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct CudaOptions {
+    /// How matrices are multiplied.
+    pub products: Products,
+    /// Whether all sums have a fixed order. Otherwise a latent's rows come as atomics found them.
+    pub deterministic: bool,
+    /// Pairs kept of a row from which a step takes the dense route, where its objective allows that; see [`super::route`].
+    pub dense_from: f64,
+    /// Bytes of pre-activations at a time.
+    pub bytes_at_once: usize,
+}
+
+impl Default for CudaOptions {
+    fn default() -> Self {
+        Self {
+            products: Products::default(),
+            deterministic: true,
+            dense_from: f64::INFINITY,
+            bytes_at_once: geometry::PRODUCTS,
+        }
+    }
+}
+
+impl From<Products> for CudaOptions {
+    fn from(products: Products) -> Self {
+        Self { products, ..Self::default() }
+    }
+}
 
 /// What a forward pass found; the rest of it is on the device until the next one.
 #[derive(Debug, Clone, PartialEq)]
@@ -40,6 +73,10 @@ pub struct CudaForward {
     pub losses: Losses,
     /// Active (row, latent) pairs.
     pub n_active: usize,
+    /// Pairs that were kept: also those within the window of a threshold, and of auxiliary terms.
+    pub n_kept: usize,
+    /// Whether the step takes the dense route.
+    pub dense: bool,
     /// The latents that fired, ascending.
     pub fired: Vec<u32>,
     /// `mean_n Σ_i v_i^p` for the two powers asked for.
@@ -72,7 +109,9 @@ pub struct CudaTrainer {
     /// What the last forward pass read.
     batch: Option<Arc<Resident>>,
     capacity: usize,
-    products: Products,
+    options: CudaOptions,
+    /// The smallest value that BatchTopK chose of the last batch learned from; 0 where there is none.
+    smallest: f32,
     /// What the kernels of the last forward pass were told.
     told: Step,
     /// Steps taken.
@@ -91,7 +130,7 @@ impl CudaTrainer {
         params: &Params,
         moments: &Moments,
         step: u64,
-        products: Products,
+        options: impl Into<CudaOptions>,
     ) -> Result<Self> {
         let (n, d_in, d_out) = (params.n_latents(), params.d_in, params.d_out);
         let n_layers = params.n_layers();
@@ -151,7 +190,8 @@ impl CudaTrainer {
             shape,
             about,
             fixed,
-            products,
+            options: options.into(),
+            smallest: 0.0,
             step,
         })
     }
@@ -182,7 +222,7 @@ impl CudaTrainer {
     /// # Errors
     /// If the device fails.
     pub fn upload(&mut self, params: &Params, moments: &Moments, step: u64) -> Result<()> {
-        *self = Self::new(Arc::clone(&self.device), params, moments, step, self.products)?;
+        *self = Self::new(Arc::clone(&self.device), params, moments, step, self.options)?;
         Ok(())
     }
 

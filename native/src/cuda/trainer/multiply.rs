@@ -6,6 +6,7 @@ use shared::config::train::Products;
 use super::super::device::{Argument, Buffer, Factors, MatrixAt, Product};
 use super::super::geometry;
 use super::super::kernels::Kernel;
+use super::super::route;
 use super::super::step::Address;
 use super::CudaTrainer;
 use super::buffers::Workspace;
@@ -13,15 +14,17 @@ use super::buffers::Workspace;
 impl CudaTrainer {
     /// What products of f32 arrays are: those of the skip connection, and the encoder's where it is not split.
     pub(super) fn factors(&self) -> Factors {
-        match self.products {
-            Products::F32 => Factors::F32,
-            Products::Tf32 | Products::Bf16 | Products::Bf16x3 => Factors::Tf32,
-        }
+        route::factors(self.options.products)
+    }
+
+    /// How many latents' pre-activations of `n_rows` rows are computed at a time.
+    pub(super) fn at_once(&self, n_rows: usize) -> usize {
+        geometry::latents_at_once(n_rows, self.about.n_latents(), self.options.bytes_at_once)
     }
 
     /// How many halves of its factors the encoder product needs.
     fn n_halves(&self) -> usize {
-        match self.products {
+        match self.options.products {
             Products::F32 | Products::Tf32 => 0,
             Products::Bf16 => 1,
             Products::Bf16x3 => 2,
@@ -30,7 +33,7 @@ impl CudaTrainer {
 
     /// Room for halves of inputs and encoder rows; none where they are not split.
     pub(super) fn halves(&self, n_rows: usize) -> Result<[[Buffer; 2]; 2]> {
-        let at_once = geometry::latents_at_once(n_rows, self.about.n_latents());
+        let at_once = self.at_once(n_rows);
         let room = |rows: usize, half: usize| {
             let n = if half < self.n_halves() { rows * self.about.d_in } else { 0 };
             Buffer::new::<u16>(&self.device, n)

@@ -28,8 +28,13 @@ impl CudaTrainer {
         if self.told.pull_dead != 0 {
             self.launch(Kernel::InputSums, self.shape.blocks(self.about.d_in), &[])?;
         }
-        let piece = geometry::latents_of_block(n);
-        self.launch(Kernel::Update, n.div_ceil(piece), &[Argument::U32(piece as u32)])?;
+        match self.workspace.as_ref().and_then(|work| Some((work, work.dense.as_ref()?))) {
+            Some((work, dense)) if forward.dense => self.update_dense(work, dense)?,
+            _ => {
+                let piece = geometry::latents_of_block(n);
+                self.launch(Kernel::Update, n.div_ceil(piece), &[Argument::U32(piece as u32)])?;
+            }
+        }
         self.launch(Kernel::UpdateBias, self.shape.blocks(self.about.d_out), &[])?;
         if self.has_skip() {
             let first = self.first.as_ref().map_or(0, |first| first.w_skip.at());
@@ -44,6 +49,7 @@ impl CudaTrainer {
         {
             let before = if *threshold > 0.0 { *threshold } else { smallest };
             *threshold = before + NEWEST * (smallest - before);
+            self.smallest = smallest;
         }
         Ok(())
     }
@@ -61,6 +67,12 @@ impl CudaTrainer {
         let lambda = |layer| (forward.levels.lambda(&objective.sparsity, layer) / n) as f32;
         let lambdas: Vec<f32> = (0..self.about.n_layers()).map(lambda).collect();
         self.fixed.lambda_per_row.write(&lambdas)?;
+        let n_partials = match &self.workspace {
+            Some(work) if forward.dense => {
+                work.at_once.min(latents).div_ceil(self.piece_of_dense(work.at_once))
+            }
+            _ => latents.div_ceil(geometry::latents_of_block(latents)),
+        };
         let told = &mut self.told;
         told.scale = scale as f32;
         told.gate_scale = scale as f32;
@@ -76,7 +88,7 @@ impl CudaTrainer {
         told.gain = (1.0 - betas.second) as f32;
         told.correction = correction(betas.second);
         told.eps = betas.eps as f32;
-        told.n_partials = latents.div_ceil(geometry::latents_of_block(latents)) as u32;
+        told.n_partials = n_partials as u32;
         Ok(())
     }
 

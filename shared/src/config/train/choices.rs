@@ -61,6 +61,19 @@ pub enum Products {
     Bf16x3,
 }
 
+/// Which route a step takes on a card, after the encoder product and where its objective has both.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Route {
+    /// Whichever is estimated to be sooner, step by step: by how many latents are active, and how fast the card copies and multiplies.
+    #[default]
+    Auto,
+    /// What is active, latent by latent.
+    Sparse,
+    /// Matrix products.
+    Dense,
+}
+
 /// The latent function that is trained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -13,7 +13,7 @@ mod choices;
 
 pub use choices::{
     AllLayers, DecoderBiasInit, EncoderPrecision, FromData, LatentFunction, Layers, Loss, Normalise,
-    Products, ThresholdInit, Thresholds,
+    Products, Route, ThresholdInit, Thresholds,
 };
 
 use super::Count;
@@ -148,6 +148,10 @@ pub struct TrainConfig {
     pub encoder_precision: EncoderPrecision,
     /// How a card multiplies matrices; the processor does so in f32.
     pub products: Products,
+    /// Which route a step takes on a card: `auto`, `sparse` or `dense`.
+    pub route: Route,
+    /// Whether a card sums in a fixed order, so that the same run on the same card gives the same bits.
+    pub deterministic: bool,
     /// Steps between two lines of the log.
     pub log_every: u64,
     /// Whether the log is written as a TensorBoard event file too, under SAELens' names.
@@ -210,6 +214,8 @@ impl Default for TrainConfig {
             dead_window: Count(300_000),
             encoder_precision: EncoderPrecision::F32,
             products: Products::Tf32,
+            route: Route::Auto,
+            deterministic: true,
             log_every: 50,
             tensorboard: false,
             checkpoint_every: 1000,
