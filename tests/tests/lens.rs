@@ -9,7 +9,7 @@ use std::sync::Arc;
 use native::evaluate::Options;
 use native::evaluate::layers::{self, Measured};
 use native::harvest::{self, Inputs};
-use native::lens::fit::{self, fit};
+use native::lens::fit::{self, Form, fit};
 use native::model::{self, LoadedModel};
 use native::sae_files::{SaeFile, read, read_whole};
 use native::stop::StopFlag;
@@ -44,8 +44,8 @@ fn vectors(store: &Store, tap: TapPoint, split: Split) -> Vec<f32> {
     shards.flat_map(|i| store.read_shard(tap, split, i).unwrap().vectors).collect()
 }
 
-fn lens(store: &Store, ridge: f64) -> (Lens, Vec<fit::Fit>) {
-    fit(store, &fit::Options { tokens: u64::MAX, ridge }, &StopFlag::default()).unwrap()
+fn lens(store: &Store, form: Form, ridge: f64) -> (Lens, Vec<fit::Fit>) {
+    fit(store, &fit::Options { form, tokens: u64::MAX, ridge }, &StopFlag::default()).unwrap()
 }
 
 /// Of the least-squares map nothing that is left goes with what it read: the residual has mean zero and no covariance with the input.
@@ -55,7 +55,7 @@ fn a_fit_leaves_nothing_that_a_linear_map_could_explain() {
     let (store, loaded) = harvested(folder.path());
     let (d, taps) = (loaded.model.spec().d_model, store.manifest().taps.iter().map(|tap| tap.point));
     let taps: Vec<TapPoint> = taps.collect();
-    let (maps, fits) = lens(&store, 1e-9);
+    let (maps, fits) = lens(&store, Form::LeastSquares, 1e-9);
     assert_eq!(maps.len(), taps.len());
     let last = vectors(&store, taps[taps.len() - 1], Split::Train);
     let x = vectors(&store, taps[0], Split::Train);
@@ -89,12 +89,47 @@ fn a_fit_leaves_nothing_that_a_linear_map_could_explain() {
     // The last layer stays as it is, and a stronger ridge comes nearer to that.
     assert!(maps[taps.len() - 1].weight().iter().all(|&w| w == 0.0));
     let size = |lens: &Lens| lens[0].weight().iter().map(|w| w * w).sum::<f32>();
-    assert!(size(&lens(&store, 10.0).0) < 0.1 * size(&maps));
+    assert!(size(&lens(&store, Form::LeastSquares, 10.0).0) < 0.1 * size(&maps));
+}
+
+/// A rotation keeps lengths, and no small rotation more brings it nearer to the last layer: C_yx Rᵀ is symmetric (and has no negative
+/// eigenvalue, or a reflection would do better).
+#[test]
+fn a_rotation_is_one_and_the_nearest() {
+    let folder = tempfile::tempdir().unwrap();
+    let (store, loaded) = harvested(folder.path());
+    let (d, taps) = (loaded.model.spec().d_model, store.manifest().taps.iter().map(|tap| tap.point));
+    let taps: Vec<TapPoint> = taps.collect();
+    let (maps, fits) = lens(&store, Form::Rotation, 0.0);
+    let map = &maps[0];
+    for (w, inverse) in (0..d * d).map(|at| (map.weight()[at % d * d + at / d], map.inverse()[at])) {
+        // The inverse is the transpose, but for the identity that W lacks.
+        assert!((w - inverse).abs() < 1e-4 || (w + 1.0 - inverse).abs() < 1e-4, "{w} {inverse}");
+    }
+    assert!((fits[0].growth - 1.0).abs() < 1e-3, "{fits:?}");
+    let [x, y] = [taps[0], taps[taps.len() - 1]].map(|tap| vectors(&store, tap, Split::Train));
+    let translated: Vec<f32> = x.chunks(d).flat_map(|x| map.forward(x)).collect();
+    let centred = |values: &[f32]| -> Vec<f64> {
+        let n = (values.len() / d) as f64;
+        let mean = |i: usize| values.iter().skip(i).step_by(d).map(|&v| f64::from(v)).sum::<f64>() / n;
+        let means: Vec<f64> = (0..d).map(mean).collect();
+        values.iter().enumerate().map(|(at, &v)| f64::from(v) - means[at % d]).collect()
+    };
+    let [x, y] = [centred(&translated), centred(&y)];
+    let dot = |i: usize, j: usize| x.chunks(d).zip(y.chunks(d)).map(|(x, y)| y[i] * x[j]).sum::<f64>();
+    let size = (0..d).map(|i| dot(i, i).abs()).fold(0.0, f64::max);
+    for i in 0..d {
+        assert!(dot(i, i) > -1e-3 * size, "value {i} is turned away");
+        for j in 0..i {
+            assert!((dot(i, j) - dot(j, i)).abs() < 2e-3 * size, "{i} and {j} could be turned");
+        }
+    }
+    assert!(fits[0].unexplained[1] < fits[0].unexplained[0]);
 }
 
 fn train(folder: &Path, name: &str, keys: &str) -> SaeFile {
     let store = folder.join("store");
-    let maps = lens(&Store::open(&store).unwrap(), 0.1).0;
+    let maps = lens(&Store::open(&store).unwrap(), Form::Rotation, 0.01).0;
     let source: Arc<dyn ActivationSource> = Arc::new(StoreTaps::open(&store).unwrap());
     let plain = source.provenance().clone();
     let source: Arc<dyn ActivationSource> = Arc::new(Translated::new(source, &maps).unwrap());

@@ -1,14 +1,17 @@
-//! Fits a lens to a store: each layer's vectors to those of the last layer, by least squares (arXiv 2303.09435 §3), in the form of the
-//! tuned lens, whose authors minimise the divergence of predictions in its place (arXiv 2303.08112 §3).
+//! Fits a lens to a store: each layer's vectors to those of the last layer, in the form of the tuned lens (whose authors minimise the
+//! divergence of predictions instead, arXiv 2303.08112 §3).
 //!
 //! ```text
-//! W = (C_Ll − C_ll) (C_ll + λ s² I)⁻¹      b = μ_L − (I + W) μ_l      s² = tr C_ll / d
+//! rotation         I + W = the orthogonal factor of C_Ll + λ s² I     (orthogonal Procrustes, Schönemann 1966)
+//! least squares    W = (C_Ll − C_ll) (C_ll + λ s² I)⁻¹                (arXiv 2303.09435 §3)
+//! both             b = μ_L − (I + W) μ_l                              s² = tr C_ll / d
 //! ```
-//! C are covariances of the same tokens. The ridge λ draws the map towards the identity, so that it can be undone.
+//! C are covariances of the same tokens. The ridge λ draws maps to the identity where little goes with the last layer. A rotation can be
+//! undone without loss; least squares shrinks what the last layer does not tell, and undoing it makes errors there large.
 
 use std::sync::Arc;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use shared::Rows;
 use shared::format::tuned_lens::Lens;
 use shared::lens::{Translator, inverse};
@@ -21,10 +24,23 @@ use crate::store::{Shard, Split, Store};
 
 /// Vectors longer than this times the median of their layer say nothing about the others (massive activations).
 const MAX_NORM: f64 = 4.0;
+/// Newton's iteration takes about ten.
+const MOST_ITERATIONS: usize = 40;
 
-/// How much to fit to.
+/// What maps may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Form {
+    /// Rotations and reflections, about the mean.
+    Rotation,
+    /// Any, nearest to the last layer.
+    LeastSquares,
+}
+
+/// How to fit.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Options {
+    /// What maps may be.
+    pub form: Form,
     /// Training tokens, at most.
     pub tokens: u64,
     /// λ.
@@ -38,6 +54,9 @@ pub struct Fit {
     pub layer: usize,
     /// Share of the last layer's variance that the layer's own vectors leave unexplained, and that translated ones do.
     pub unexplained: [f64; 2],
+    /// How many times the share of variance that an error of translated vectors is, without a direction of its own, grows where the map
+    /// is undone: `‖(I + W)⁻¹‖² / d`, times the variance of translated vectors over that of raw ones.
+    pub growth: f64,
 }
 
 /// Fits a map of every layer of the residual stream in `store`, from the first to the last; that of the last is the identity.
@@ -64,8 +83,7 @@ pub fn fit(store: &Store, options: &Options, stop: &StopFlag) -> Result<(Lens, V
     let mut fits = Vec::new();
     for layer in &layers {
         let sums = Sums::read(store, [*layer, last], options.tokens, stop)?;
-        let (map, fit) =
-            sums.solve(layer.layer, if *layer == last { f64::INFINITY } else { options.ridge })?;
+        let (map, fit) = sums.solve(layer.layer, (*layer != last).then_some(options))?;
         maps.push(Arc::new(map));
         fits.push(fit);
         bar.inc(1);
@@ -83,7 +101,7 @@ struct Sums {
     firsts: [Vec<f64>; 2],
     /// Σ x xᵀ, Σ y xᵀ, `[d, d]`.
     seconds: [Vec<f64>; 2],
-    /// Σ ‖y‖², Σ ‖y − x‖² of raw vectors' differences from their means.
+    /// Σ ‖y‖².
     squares: f64,
 }
 
@@ -153,8 +171,8 @@ impl Sums {
         Ok(())
     }
 
-    /// The map of `layer`; the identity where the ridge is infinite.
-    fn solve(&self, layer: usize, ridge: f64) -> Result<(Translator, Fit)> {
+    /// The map of `layer`; the identity without options.
+    fn solve(&self, layer: usize, options: Option<&Options>) -> Result<(Translator, Fit)> {
         let (d, n) = (self.d, self.n);
         let mean = |side: usize| self.firsts[side].iter().map(|sum| sum / n).collect::<Vec<f64>>();
         let means = [mean(0), mean(1)];
@@ -165,19 +183,16 @@ impl Sums {
         let across = covariance(&self.seconds[1], &means[1]);
         let variance = self.squares / n - means[1].iter().map(|m| m * m).sum::<f64>();
         let trace: f64 = (0..d).map(|i| of_layer[i * (d + 1)]).sum();
-        let difference: Vec<f64> = across.iter().zip(&of_layer).map(|(a, b)| a - b).collect();
-        let weight = if ridge.is_finite() {
-            let mut damped = of_layer.clone();
-            #[expect(clippy::cast_precision_loss, reason = "a width")]
-            let add = ridge * trace / d as f64;
-            damped.iter_mut().step_by(d + 1).for_each(|diagonal| *diagonal += add);
-            let inverse = inverse(damped, d).map_err(|value| {
-                anyhow::anyhow!("value {value} of layer {layer} follows from the others: give a larger ridge")
-            })?;
-            multiply(&difference, &inverse, d)
-        } else {
-            vec![0.0; d * d]
+        #[expect(clippy::cast_precision_loss, reason = "a width")]
+        let ridge = |options: &Options| options.ridge * trace / d as f64;
+        let weight = match options {
+            None => Ok(vec![0.0; d * d]),
+            Some(options) if options.form == Form::Rotation => rotation(&across, ridge(options), d),
+            Some(options) => least_squares(&across, &of_layer, ridge(options), d),
         };
+        let weight = weight.map_err(|value| {
+            anyhow!("value {value} of layer {layer} follows from the others: give a larger ridge")
+        })?;
         #[expect(clippy::cast_possible_truncation, reason = "weights are f32")]
         let narrow = |values: Vec<f64>| values.into_iter().map(|v| v as f32).collect::<Vec<f32>>();
         let of = |side: usize, i: usize| f64::from(self.means[side][i]) + means[side][i];
@@ -185,17 +200,49 @@ impl Sums {
             |i: usize| -> f64 { of(0, i) + (0..d).map(|c| weight[i * d + c] * of(0, c)).sum::<f64>() };
         let bias: Vec<f64> = (0..d).map(|i| of(1, i) - moved(i)).collect();
         // E‖y − A x‖² of centred vectors, from the covariances: tr C_yy − 2 tr A C_xy + tr A C_xx Aᵀ.
-        let left = |weight: &[f64]| -> f64 {
+        let left = |weight: &[f64]| -> [f64; 2] {
             let mut map = weight.to_vec();
             map.iter_mut().step_by(d + 1).for_each(|diagonal| *diagonal += 1.0);
             let fitted: f64 = map.iter().zip(&across).map(|(a, c)| a * c).sum();
             let own: f64 = multiply(&map, &of_layer, d).iter().zip(&map).map(|(ac, a)| ac * a).sum();
-            (variance - 2.0 * fitted + own) / variance
+            [(variance - 2.0 * fitted + own) / variance, own]
         };
-        let fit = Fit { layer, unexplained: [left(&vec![0.0; d * d]), left(&weight)] };
+        let [[before, _], [after, translated]] = [left(&vec![0.0; d * d]), left(&weight)];
         let map = Translator::new(narrow(weight), narrow(bias)).with_context(|| format!("layer {layer}"))?;
-        Ok((map, fit))
+        let undoing: f64 = map.inverse().iter().map(|&v| f64::from(v).powi(2)).sum();
+        #[expect(clippy::cast_precision_loss, reason = "a width")]
+        let growth = undoing / d as f64 * translated / trace;
+        Ok((map, Fit { layer, unexplained: [before, after], growth }))
     }
+}
+
+/// W of the rotation nearest to `across` with `ridge` on its diagonal: its polar factor, by Newton's iteration with scaling (Higham,
+/// Functions of Matrices §8.6), less the identity. The column without a pivot where there is none.
+fn rotation(across: &[f64], ridge: f64, d: usize) -> Result<Vec<f64>, usize> {
+    let mut x = across.to_vec();
+    x.iter_mut().step_by(d + 1).for_each(|diagonal| *diagonal += ridge);
+    let norm = |values: &[f64]| values.iter().map(|v| v * v).sum::<f64>().sqrt();
+    for _ in 0..MOST_ITERATIONS {
+        let inverse = inverse(x.clone(), d)?;
+        let gamma = (norm(&inverse) / norm(&x)).sqrt();
+        let next: Vec<f64> =
+            (0..d * d).map(|at| 0.5 * (gamma * x[at] + inverse[at % d * d + at / d] / gamma)).collect();
+        let change: f64 = next.iter().zip(&x).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt();
+        x = next;
+        if change <= 1e-10 * norm(&x) {
+            break;
+        }
+    }
+    x.iter_mut().step_by(d + 1).for_each(|diagonal| *diagonal -= 1.0);
+    Ok(x)
+}
+
+/// W of the least-squares map with a ridge. The column without a pivot where there is none.
+fn least_squares(across: &[f64], of_layer: &[f64], ridge: f64, d: usize) -> Result<Vec<f64>, usize> {
+    let mut damped = of_layer.to_vec();
+    damped.iter_mut().step_by(d + 1).for_each(|diagonal| *diagonal += ridge);
+    let difference: Vec<f64> = across.iter().zip(of_layer).map(|(a, b)| a - b).collect();
+    Ok(multiply(&difference, &inverse(damped, d)?, d))
 }
 
 /// Which rows are no longer than [`MAX_NORM`] times the median.
