@@ -22,7 +22,7 @@ use super::found::CardInfo;
 use super::kernels::{Kernel, Shape};
 use super::libraries::Libraries;
 use super::nvrtc;
-use super::pinned::{Beside, Pinned};
+use super::pinned::{Beside, Pinned, Staircase};
 use super::step::Address;
 use crate::places;
 
@@ -38,6 +38,8 @@ pub struct Card {
     device: sys::CUdevice,
     stream: sys::CUstream,
     beside: Beside,
+    /// What much is downloaded through; made by the first who needs it.
+    staircase: Mutex<Option<Staircase>>,
     handle: lt_sys::cublasLtHandle_t,
     workspace: Address,
     cache: Option<PathBuf>,
@@ -132,6 +134,7 @@ impl Card {
             cache: places::cache_folder().ok().map(|cache| cache.join("kernels")),
             functions: Mutex::default(),
             modules: Mutex::default(),
+            staircase: Mutex::default(),
             algorithms: Mutex::default(),
             context,
             device,
@@ -240,6 +243,15 @@ impl Device for Card {
 
     fn download(&self, from: Address, into: &mut [u8]) -> Result<()> {
         self.enter()?;
+        if into.len() > Staircase::LEAST {
+            let mut staircase = lock(&self.staircase);
+            if staircase.is_none() {
+                *staircase = Staircase::new(self.device).ok();
+            }
+            if let Some(staircase) = &mut *staircase {
+                return staircase.download(self.stream, from, into);
+            }
+        }
         // SAFETY: there are as many bytes at `from`, by the owner of the buffer; the copy is waited for.
         unsafe { driver::memcpy_dtoh_async(into, from, self.stream) }?;
         self.wait()
@@ -367,6 +379,8 @@ impl Drop for Card {
         unsafe {
             let _ = driver::stream::synchronize(self.stream);
             self.beside.end();
+            drop(lock(&self.staircase).take());
+            let _ = driver::ctx::set_current(self.context);
             let _ = lt::destroy_handle(self.handle);
             let _ = driver::free_async(self.workspace, self.stream);
             for module in lock(&self.modules).values() {

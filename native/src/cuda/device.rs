@@ -4,7 +4,7 @@
 //! launch is told them as the kernel sees them.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Result, ensure};
 use bytemuck::Pod;
@@ -155,6 +155,8 @@ pub struct Buffer {
     device: Arc<dyn Device + Send + Sync>,
     at: Address,
     bytes: usize,
+    /// What [`Buffer::write_changed`] wrote.
+    last: Mutex<Vec<u8>>,
 }
 
 impl Buffer {
@@ -166,7 +168,7 @@ impl Buffer {
         let bytes = n * size_of::<T>();
         // A kernel's null pointer means "none", so that even nothing has an address.
         let at = device.allocate(bytes.max(4))?;
-        Ok(Self { device: Arc::clone(device), at, bytes })
+        Ok(Self { device: Arc::clone(device), at, bytes, last: Mutex::default() })
     }
 
     /// A copy of `values`.
@@ -203,6 +205,21 @@ impl Buffer {
         let bytes: &[u8] = bytemuck::cast_slice(values);
         ensure!(bytes.len() <= self.bytes, "{} bytes for a buffer of {}", bytes.len(), self.bytes);
         if bytes.is_empty() { Ok(()) } else { self.device.upload(self.at, bytes) }
+    }
+
+    /// [`Buffer::write`], unless these are the values that it was given last: for what seldom changes, and nobody else writes.
+    ///
+    /// # Errors
+    /// As [`Buffer::write`].
+    pub fn write_changed<T: Pod>(&self, values: &[T]) -> Result<()> {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let bytes: &[u8] = bytemuck::cast_slice(values);
+        if *last != bytes {
+            last.clear();
+            self.write(values)?;
+            last.extend(bytes);
+        }
+        Ok(())
     }
 
     /// Its first values.

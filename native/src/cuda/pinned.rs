@@ -1,4 +1,4 @@
-//! Memory of the host that stays in place, and a second stream that copies from it while the first computes.
+//! Memory of the host that stays in place: a second stream copies from it while the first computes, and much is downloaded through it.
 
 #![expect(unsafe_code, reason = "calls into the driver, and memory that it gives")]
 
@@ -9,6 +9,7 @@ use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, ensure};
 use cudarc::driver::{result as driver, sys};
+use rayon::prelude::*;
 
 use super::device::HostMemory;
 use super::step::Address;
@@ -82,6 +83,70 @@ impl Drop for Pinned {
             let _ = driver::ctx::set_current(self.context);
             let _ = driver::free_host(self.at.as_ptr().cast());
             let _ = driver::primary_ctx::release(self.device);
+        }
+    }
+}
+
+/// Bytes of a step of a [`Staircase`].
+const STEP: usize = 32 << 20;
+/// Bytes that a thread copies at a time.
+const PIECE: usize = 1 << 20;
+
+/// Two pieces of memory that stay in place, through which much is downloaded: one is emptied while the other is filled.
+pub(super) struct Staircase {
+    steps: [Pinned; 2],
+    filled: [sys::CUevent; 2],
+}
+
+impl Staircase {
+    /// Less than this is downloaded without.
+    pub(super) const LEAST: usize = STEP / 8;
+
+    /// The context of `device` is current.
+    pub(super) fn new(device: sys::CUdevice) -> Result<Self> {
+        let steps = [Pinned::new(device, STEP)?, Pinned::new(device, STEP)?];
+        let event = || driver::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING);
+        Ok(Self { steps, filled: [event()?, event()?] })
+    }
+
+    /// Copies from the card, after everything asked of `stream` before.
+    pub(super) fn download(&mut self, stream: sys::CUstream, from: Address, into: &mut [u8]) -> Result<()> {
+        let n = into.len().div_ceil(STEP);
+        let length = into.len();
+        for number in 0..=n {
+            if number < n {
+                let (start, side) = (number * STEP, number % 2);
+                let bytes = STEP.min(length - start);
+                let step = self.steps[side].bytes_mut().as_mut_ptr();
+                // SAFETY: a step has room, and what was in it has been copied out, two rounds ago; there are as many bytes at `from`, by
+                // the owner of the buffer. Stream, event and step live as long as the card.
+                unsafe {
+                    let from = from + start as u64;
+                    sys::cuMemcpyDtoHAsync_v2(step.cast(), from, bytes, stream).result()?;
+                    driver::event::record(self.filled[side], stream)?;
+                }
+            }
+            if let Some(before) = number.checked_sub(1) {
+                let side = before % 2;
+                // SAFETY: the event was recorded a round ago.
+                unsafe { driver::event::synchronize(self.filled[side]) }
+                    .context("the card failed at something asked of it before")?;
+                let into = into[before * STEP..].chunks_mut(STEP).next().unwrap_or_default();
+                let step = &self.steps[side].bytes()[..into.len()];
+                into.par_chunks_mut(PIECE)
+                    .zip(step.par_chunks(PIECE))
+                    .for_each(|(a, b)| a.copy_from_slice(b));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Staircase {
+    fn drop(&mut self) {
+        for event in self.filled {
+            // SAFETY: the events are this value's own; the card waited for everything before.
+            let _ = unsafe { driver::event::destroy(event) };
         }
     }
 }

@@ -4,6 +4,7 @@
 //! ([`impostor`]). [`table`] adds the conformance suite, which judges encoding and decoding, and prints how all of it went.
 
 pub mod cases;
+pub mod feed;
 pub mod impostor;
 pub mod table;
 pub mod textbook;

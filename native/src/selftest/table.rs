@@ -12,7 +12,7 @@ use shared::config::train::Products;
 
 use super::cases::{Case, N_ROWS, cases};
 use super::impostor::{ENCODING, MISTAKES};
-use super::{OnDevice, OnProcessor, Verdict, judge};
+use super::{OnDevice, OnProcessor, Verdict, feed, judge};
 use crate::cpu::CpuBackend;
 use crate::cuda::trainer::has_dense_route;
 use crate::cuda::{CudaBackend, CudaOptions, CudaTrainer, Device};
@@ -46,6 +46,7 @@ pub fn on_processor(out: &mut dyn Write, steps: usize) -> Result<usize> {
 pub fn on_device(out: &mut dyn Write, device: &Shared, steps: usize) -> Result<usize> {
     let mut table = Table::new(out, &device.name())?;
     table.training(device, steps)?;
+    table.feeding(device)?;
     table.report(&conforms(device))?;
     table.encoding_mistakes(device)?;
     table.faults()?;
@@ -155,6 +156,14 @@ impl<'a> Table<'a> {
             }
         }
         Ok(())
+    }
+
+    /// What batches are gathered from, and what is read back.
+    fn feeding(&mut self, device: &Shared) -> Result<()> {
+        match feed::judge(device) {
+            Ok(compared) => self.line("feeding", "", "ok", &format!("{compared:>10} values")),
+            Err(error) => self.fails("feeding", "", &format!("{error:#}")),
+        }
     }
 
     /// Devices with one mistake each in encoding.

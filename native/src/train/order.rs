@@ -75,6 +75,8 @@ pub struct Batches {
     scaling: Scaling,
     position: Position,
     loaded: Option<Loaded>,
+    /// A shard after which another will be asked for; it is read once those before this one have been let go of.
+    before_next: Option<Position>,
     /// Rows that will still be asked for: what lies beyond is not read ahead.
     rows_left: u64,
 }
@@ -83,7 +85,7 @@ impl Batches {
     /// Starts at `position`; about `n_rows` rows will be asked for.
     #[must_use]
     pub fn new(wiring: Wiring, scaling: Scaling, position: Position, n_rows: u64) -> Self {
-        Self { wiring, scaling, position, loaded: None, rows_left: n_rows }
+        Self { wiring, scaling, position, loaded: None, before_next: None, rows_left: n_rows }
     }
 
     /// The position after the last batch.
@@ -107,6 +109,9 @@ impl Batches {
         out.y.clear();
         out.inputs.clear();
         out.undo.clear();
+        if let Some(before) = self.before_next.take() {
+            shards.read_ahead(before)?;
+        }
         let batch =
             |feed: &Arc<Feed>| feed.batch(n_rows, self.scaling.widths(), self.scaling.target.is_some());
         let batch = shards.feed().map(batch).transpose()?;
@@ -167,7 +172,7 @@ impl Batches {
         Ok(())
     }
 
-    /// The vectors of the current shard; the next is read ahead.
+    /// The vectors of the current shard; the next is read ahead from the next batch on.
     fn load(&mut self, shards: &mut Shards) -> Result<Loaded> {
         let (number, mut x) = shards.get(self.position, &self.wiring.taps())?;
         let y = self.wiring.target.and_then(|_| x.pop());
@@ -185,7 +190,7 @@ impl Batches {
         }
         examples.shuffle(&mut shards.order_of(self.position.epoch, number));
         if ((examples.len() - self.position.row.min(examples.len())) as u64) < self.rows_left {
-            shards.read_ahead(self.position)?;
+            self.before_next = Some(self.position);
         }
         let gathering = match shards.feed() {
             Some(feed) => Some(self.gathering(feed, (&x, y.as_deref()), &examples)?),

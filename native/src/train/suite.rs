@@ -202,6 +202,7 @@ impl Suite<'_> {
                     self.save()?;
                     self.each(|member| member.run.settle());
                     bar.abandon();
+                    self.tell_failures();
                     return Err(error);
                 }
             };
@@ -225,6 +226,7 @@ impl Suite<'_> {
             self.retire(&bar);
             if stopping && !self.runs.is_empty() {
                 bar.abandon();
+                self.tell_failures();
                 return Err(Stopped.into());
             }
         }
@@ -291,6 +293,15 @@ impl Suite<'_> {
             "nothing is left to train"
         );
         Ok(())
+    }
+
+    /// Says which runs failed, where nobody is told otherwise.
+    fn tell_failures(&self) {
+        for (job, result) in self.jobs.iter().zip(&self.results) {
+            if let Some(Err(error)) = result {
+                tracing::warn!("{}: {error:#}", job.name);
+            }
+        }
     }
 
     /// Writes out the runs that have taken all their steps.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use half::{bf16, f16};
 use native::cuda::feed::{Feed, Gathering, Placement, TapAt};
-use native::cuda::{CudaTrainer, Device, Resident};
+use native::cuda::{Argument, CudaTrainer, Kernel, Resident};
 use native::harvest::{self, Inputs};
 use native::model;
 use native::selftest::cases::{D, N_LATENTS, Noise, cases};
@@ -28,6 +28,7 @@ use shared::loss::row_moments;
 
 use crate::emulator::Emulator;
 use crate::support::prepare;
+use crate::traffic::Counting;
 
 /// Shards of these rows at three taps, the third of another width; some rows are very long.
 struct Made {
@@ -160,44 +161,62 @@ fn gathered_batches_have_the_hosts_bits() {
     assert_eq!(emulator.in_use(), 0);
 }
 
-/// Every number of 16 bits is read as what it is, those below the smallest normal one too.
+/// Every number of 16 bits is read as what it is, and rows are scaled as the host scales them: what a card is judged by too.
 #[test]
-fn every_half_is_widened_exactly() {
+fn the_judge_of_a_card_is_content() {
     let folder = tempfile::tempdir().unwrap();
-    let device: Arc<dyn Device + Send + Sync> = Arc::new(Emulator::new(folder.path()));
-    let width = 1 << 10;
-    let halves: Vec<u16> = (0..=u16::MAX).collect();
-    for (element, widen) in [
-        (StoreDtype::Bf16, (|h| bf16::from_bits(h).to_f32()) as fn(u16) -> f32),
-        (StoreDtype::F16, |h| f16::from_bits(h).to_f32()),
-    ] {
-        let feed = Feed::new(&device, Placement::Device);
-        let mut filling = feed.filling();
-        let bytes: &[u8] = bytemuck::cast_slice(&halves);
-        let mut memory = filling.room(bytes.len()).unwrap();
-        memory.bytes_mut()[..bytes.len()].copy_from_slice(bytes);
-        let (values, seen) = filling.put(memory, bytes.len(), <[u8]>::len).unwrap();
-        filling.arrive().unwrap();
-        assert_eq!(seen, bytes.len());
-        let n = halves.len() / width;
-        let examples: Vec<u32> = (0..n as u32).rev().collect();
-        let tap = [TapAt::new(values.at(), 0, 1.0)];
-        let gathering =
-            Gathering::new(&feed, (&tap, None), (n, [width, width]), (element, 0.0), &examples).unwrap();
-        let batch = feed.batch(n, [width, width], false).unwrap();
-        gathering.gather(&batch, 0, 0, n).unwrap();
-        let found = batch.rows().unwrap();
-        for (row, &example) in found.chunks_exact(width).zip(&examples) {
-            for (c, v) in row.iter().enumerate() {
-                let wanted = widen(halves[example as usize * width + c]);
-                assert!(v.to_bits() == wanted.to_bits() || v.is_nan() && wanted.is_nan(), "{v} for {wanted}");
-            }
-        }
-        assert!(gathering.gather(&batch, 1, 0, n).is_err() && gathering.gather(&batch, 0, 1, n).is_err());
-        assert!(
-            Gathering::new(&feed, (&tap, None), (n, [width, width]), (element, 0.0), &[n as u32]).is_err()
-        );
+    let emulator = Arc::new(Emulator::new(folder.path()));
+    let device: SharedDevice = emulator.clone();
+    let compared = native::selftest::feed::judge(&device).unwrap();
+    assert!(compared > 24 * 65_000, "{compared}");
+    assert_eq!(emulator.in_use(), 0);
+    let feed = Feed::new(&device, Placement::Device);
+    let gathering = |examples: &[u32]| {
+        Gathering::new(&feed, (&[TapAt::new(0, 0, 1.0)], None), (4, [8, 8]), (StoreDtype::F32, 0.0), examples)
+    };
+    let (all, batch) = (gathering(&[0, 3, 1]).unwrap(), feed.batch(3, [8, 8], false).unwrap());
+    assert!(all.gather(&batch, 1, 0, 3).is_err() && all.gather(&batch, 0, 1, 3).is_err());
+    assert!(gathering(&[4]).is_err());
+}
+
+/// Devices with one mistake each in feeding are found out.
+#[test]
+fn no_impostor_feeds() {
+    let folder = tempfile::tempdir().unwrap();
+    fn set(arguments: &mut [Argument<'_>], at: usize, value: Argument<'static>) {
+        arguments[at] = value;
     }
+    let mistakes: [(&str, fn(Kernel, &mut [Argument<'_>])); 4] = [
+        ("bf16 is taken for f16", |kernel, arguments| {
+            if kernel == Kernel::Gather && arguments[5] == Argument::U32(1) {
+                set(arguments, 5, Argument::U32(2));
+            }
+        }),
+        ("nothing is added to a row's scale", |kernel, arguments| {
+            if kernel == Kernel::Gather {
+                set(arguments, 6, Argument::F32(0.0));
+            }
+        }),
+        ("rows begin a value late", |kernel, arguments| {
+            if let (Kernel::Gather, Argument::U32(width)) = (kernel, arguments[4]) {
+                set(arguments, 4, Argument::U32(width - 1));
+            }
+        }),
+        ("sums lack a value", |kernel, arguments| {
+            if let (Kernel::RowMoments, Argument::U32(width)) = (kernel, arguments[3]) {
+                set(arguments, 3, Argument::U32(width - 1));
+            }
+        }),
+    ];
+    let judged = |change, waits_for_copies| {
+        let device = Counting { change, waits_for_copies, ..Counting::new(Emulator::new(folder.path())) };
+        let device: SharedDevice = Arc::new(device);
+        native::selftest::feed::judge(&device)
+    };
+    for (mistake, change) in mistakes {
+        assert!(judged(change, true).is_err(), "{mistake}, and nobody notices");
+    }
+    assert!(judged(|_, _| (), false).is_err(), "copies are not waited for, and nobody notices");
 }
 
 /// Values that a type does not hold are not taken for what they are not.

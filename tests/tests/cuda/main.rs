@@ -8,6 +8,7 @@ mod feed;
 mod runs;
 #[path = "../support/mod.rs"]
 mod support;
+mod traffic;
 
 use std::sync::Arc;
 
@@ -69,7 +70,9 @@ fn the_table_of_a_selftest_has_everything_and_nothing_failed() {
     served.iter().for_each(|name| ok(&format!("{name}{DENSE} ")));
     assert!(dense.iter().filter(|line| line.starts_with("impostor")).count() >= 7, "{text}");
     MISTAKES.iter().chain(&ENCODING).for_each(|mistake| ok(&format!("impostor: {}", mistake.name)));
-    ["encode", "encode a single row", "decode", "nothing and wrong widths"].into_iter().for_each(ok);
+    ["feeding", "encode", "encode a single row", "decode", "nothing and wrong widths"]
+        .into_iter()
+        .for_each(ok);
     assert_eq!(emulator.in_use(), 0, "memory was not given back");
 }
 

@@ -91,7 +91,8 @@ pub(super) struct Fixed {
     pub(super) lambda_per_row: Buffer,
     pub(super) offsets: Buffer,
     pub(super) cursors: Buffer,
-    pub(super) fired: Buffer,
+    /// What the host asks of every pass, in one piece: totals (f64), and which latents fired (a byte each).
+    pub(super) found: Buffer,
     pub(super) dead: Buffer,
     pub(super) pull_dead: Buffer,
     pub(super) lengths: Buffer,
@@ -99,13 +100,15 @@ pub(super) struct Fixed {
     pub(super) partial_through: Buffer,
     pub(super) input_sum: Buffer,
     pub(super) column_sums: Buffer,
-    pub(super) totals: Buffer,
     pub(super) overflow: Buffer,
     pub(super) histogram: Buffer,
     pub(super) stretch_ends: Buffer,
     pub(super) stretch_weights: Buffer,
     pub(super) g_skip: Buffer,
 }
+
+/// Bytes of the totals.
+pub(super) const TOTALS: usize = ROW_SUMS * size_of::<f64>();
 
 impl CudaTrainer {
     /// Buffers for `n_rows` rows: those of the last step, where they fit.

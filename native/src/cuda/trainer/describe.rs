@@ -5,7 +5,7 @@ use shared::loss::{AuxForm, Objective, Parametrisation, Sparsity};
 use super::super::batch::Resident;
 use super::super::device::Buffer;
 use super::super::step::Step;
-use super::buffers::{Arrays, Workspace};
+use super::buffers::{Arrays, TOTALS, Workspace};
 use super::{CudaTrainer, ROWS_OF_PART, SEARCH_FROM};
 use crate::train::{Latents, Params};
 
@@ -73,13 +73,13 @@ impl CudaTrainer {
             stretch_weights: fixed.stretch_weights.at(),
             channels: work.channels.at(),
             row_sums: work.row_sums.at(),
-            fired: fixed.fired.at(),
+            fired: fixed.found.at() + TOTALS as u64,
             offsets: fixed.offsets.at(),
             cursors: fixed.cursors.at(),
             partial_bias: work.partial_bias.at(),
             partial_through: fixed.partial_through.at(),
             input_sum: fixed.input_sum.at(),
-            totals: fixed.totals.at(),
+            totals: fixed.found.at(),
             layers: present(self.about.n_layers() > 1, &work.layers),
             row_weights: present(!objective.examples.weights.is_empty(), &work.row_weights),
             deviations: present(!objective.examples.deviations.is_empty(), &work.deviations),

@@ -10,7 +10,7 @@ use super::super::device::{Argument, Buffer, MatrixAt, Product};
 use super::super::geometry;
 use super::super::kernels::Kernel;
 use super::super::step::{ROW_SUMS, of_key};
-use super::buffers::Workspace;
+use super::buffers::{TOTALS, Workspace};
 use super::describe::is_mlsae;
 use super::{CudaForward, CudaTrainer};
 use crate::train::Latents;
@@ -47,10 +47,10 @@ impl CudaTrainer {
     fn write_objective(&self, objective: &Objective) -> Result<()> {
         let mask = |dead: &[bool]| dead.iter().map(|&dead| u8::from(dead)).collect::<Vec<u8>>();
         if let Some(aux) = &objective.aux_k {
-            self.fixed.dead.write(&mask(&aux.dead))?;
+            self.fixed.dead.write_changed(&mask(&aux.dead))?;
         }
         if let Some(pull) = &objective.dead_pull {
-            self.fixed.pull_dead.write(&mask(&pull.dead))?;
+            self.fixed.pull_dead.write_changed(&mask(&pull.dead))?;
         }
         let n = u32::try_from(self.about.n_latents())?;
         let (mut ends, mut weights) = (vec![n], vec![1.0f32]);
@@ -59,8 +59,8 @@ impl CudaTrainer {
             weights = objective.prefixes.iter().map(|p| p.weight as f32).collect();
         }
         ensure!(ends.len() <= 64, "{} nested prefixes; at most 64 are supported", ends.len());
-        self.fixed.stretch_ends.write(&ends)?;
-        self.fixed.stretch_weights.write(&weights)
+        self.fixed.stretch_ends.write_changed(&ends)?;
+        self.fixed.stretch_weights.write_changed(&weights)
     }
 
     /// What is said of each row.
@@ -69,7 +69,7 @@ impl CudaTrainer {
         let examples = &objective.examples;
         let mut layer_rows = vec![0.0f32; n_layers];
         (0..n_rows).for_each(|row| layer_rows[if n_layers > 1 { examples.layer(row) } else { 0 }] += 1.0);
-        self.fixed.layer_rows.write(&layer_rows)?;
+        self.fixed.layer_rows.write_changed(&layer_rows)?;
         if n_layers > 1 {
             ensure!(examples.layers.len() == n_rows, "thresholds of {n_layers} layers, and rows of none");
             let layers: Vec<u32> = examples.layers.iter().map(|&layer| layer.into()).collect();
@@ -128,7 +128,7 @@ impl CudaTrainer {
         if self.told.decoder_norm != 0 {
             self.launch(Kernel::Lengths, self.about.n_latents(), &[lengths])?;
         }
-        self.fixed.fired.clear()?;
+        self.fixed.found.clear()?;
         self.launch(Kernel::Tally, n_rows, &[lengths])?;
         self.launch(Kernel::Totals, 1, &[])?;
         let found = self.found(work, objective, smallest)?;
@@ -276,8 +276,10 @@ impl CudaTrainer {
 
     /// Reads what the pass found.
     fn found(&self, work: &Workspace, objective: &Objective, smallest: Option<f32>) -> Result<CudaForward> {
-        let totals = self.fixed.totals.read::<f64>(ROW_SUMS)?;
-        let fired = self.fixed.fired.read::<u8>(self.about.n_latents())?;
+        let found = self.fixed.found.read::<u8>(TOTALS + self.about.n_latents())?;
+        let (totals, fired) = found.split_at(TOTALS);
+        let totals = totals.chunks_exact(size_of::<f64>()).map(bytemuck::pod_read_unaligned::<f64>);
+        let totals: Vec<f64> = totals.collect();
         let n = work.n_rows as f64;
         let [whole, prefixes, multi, gate, aux, active, penalty, power_a, power_b, own] =
             std::array::from_fn(|i| totals[i]);
@@ -314,7 +316,10 @@ impl CudaTrainer {
             n_active: active as usize,
             n_kept: 0,
             dense: false,
-            fired: (0u32..).zip(fired).filter_map(|(latent, fired)| (fired != 0).then_some(latent)).collect(),
+            fired: (0u32..)
+                .zip(fired)
+                .filter_map(|(latent, &fired)| (fired != 0).then_some(latent))
+                .collect(),
             mean_powers: [power_a / n, power_b / n],
             levels,
             left_variance,

@@ -14,9 +14,9 @@ use super::batch::Resident;
 use super::device::{Argument, Buffer, Device};
 use super::geometry;
 use super::kernels::{Kernel, Shape};
-use super::step::{MAX_LAYERS, ROW_SUMS, Step};
+use super::step::{MAX_LAYERS, Step};
 use crate::train::{Moments, Params, Tensors};
-use buffers::{Arrays, Fixed, Workspace};
+use buffers::{Arrays, Fixed, TOTALS, Workspace};
 
 mod buffers;
 mod dense;
@@ -153,7 +153,7 @@ impl CudaTrainer {
             lambda_per_row: floats(MAX_LAYERS)?,
             offsets: Buffer::zeros::<u32>(&device, n + 1)?,
             cursors: Buffer::zeros::<u32>(&device, n)?,
-            fired: Buffer::zeros::<u8>(&device, n)?,
+            found: Buffer::zeros::<u8>(&device, TOTALS + n)?,
             dead: Buffer::zeros::<u8>(&device, n)?,
             pull_dead: Buffer::zeros::<u8>(&device, n)?,
             lengths: floats(n)?,
@@ -161,7 +161,6 @@ impl CudaTrainer {
             partial_through: floats(if params.pre_bias { n_parts * d_in } else { 0 })?,
             input_sum: floats(d_in)?,
             column_sums: Buffer::zeros::<f64>(&device, d_out)?,
-            totals: Buffer::zeros::<f64>(&device, ROW_SUMS)?,
             overflow: Buffer::zeros::<u32>(&device, 1)?,
             histogram: Buffer::zeros::<u32>(&device, 256)?,
             stretch_ends: Buffer::zeros::<u32>(&device, 64)?,

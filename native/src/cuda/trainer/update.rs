@@ -66,7 +66,7 @@ impl CudaTrainer {
         let latents = self.about.n_latents();
         let lambda = |layer| (forward.levels.lambda(&objective.sparsity, layer) / n) as f32;
         let lambdas: Vec<f32> = (0..self.about.n_layers()).map(lambda).collect();
-        self.fixed.lambda_per_row.write(&lambdas)?;
+        self.fixed.lambda_per_row.write_changed(&lambdas)?;
         let n_partials = match &self.workspace {
             Some(work) if forward.dense => {
                 work.at_once.min(latents).div_ceil(self.piece_of_dense(work.at_once))
