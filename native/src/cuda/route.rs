@@ -130,7 +130,10 @@ impl Rates {
         if let Some(rates) = known.filter(|rates| rates.bandwidth > 0.0 && rates.flops > 0.0) {
             return Ok(rates);
         }
-        let rates = Self::measure(device, factors, sizes, COPIED * work.n_rows * columns)?;
+        let Self { bandwidth, flops } =
+            Self::measure(device, factors, sizes, COPIED * work.n_rows * columns)?;
+        // Whole numbers are read back as they were written.
+        let rates = Self { bandwidth: bandwidth.ceil(), flops: flops.ceil() };
         if let Some(path) = path
             && let Err(error) = files::write_bytes(&path, &serde_json::to_vec(&rates)?)
         {
