@@ -102,11 +102,17 @@ pub(super) fn held_out(dictionary: &Dictionary<'_>, store: &Store, stop: &StopFl
             drop(read);
             below = Some((shard, kept));
         }
-        for layers in &batches {
-            encoded.layer_use.update(layers)?;
-            encoded.variance.update(layers)?;
-            encoded.overlap.update(layers)?;
-        }
+        let Encoded { layer_use, variance, overlap, .. } = &mut encoded;
+        let (one, (two, three)) = rayon::join(
+            || batches.iter().try_for_each(|layers| variance.update(layers)),
+            || {
+                rayon::join(
+                    || batches.iter().try_for_each(|layers| overlap.update(layers)),
+                    || batches.iter().try_for_each(|layers| layer_use.update(layers)),
+                )
+            },
+        );
+        one.and(two).and(three)?;
     }
     bar.finish_and_clear();
     Ok(encoded)
