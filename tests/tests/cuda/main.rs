@@ -112,7 +112,8 @@ fn the_processors_step_passes_the_same_judge() {
 #[test]
 fn a_device_goes_on_where_it_was_with_any_batch() {
     let folder = tempfile::tempdir().unwrap();
-    let emulator: Shared = Arc::new(Emulator::new(folder.path()));
+    let memory = Arc::new(Emulator::new(folder.path()));
+    let emulator: Shared = memory.clone();
     let cases = cases();
     // Nothing is sparse about a ReLU without a penalty: all 300 latents may be active, and there is room for 256 at first.
     let mut case = cases.iter().find(|case| case.name == "relu").unwrap().clone();
@@ -137,6 +138,15 @@ fn a_device_goes_on_where_it_was_with_any_batch() {
         let forward = parted.forward(&batch, &objective).unwrap();
         parted.update(&forward, &settings).unwrap();
         let (params, moments) = parted.download().unwrap();
+        if rows == 3 {
+            // In the same memory.
+            let (step, in_use) = (parted.step, memory.in_use());
+            parted.upload(&params, &moments, step).unwrap();
+            assert_eq!(memory.in_use(), in_use);
+            let other = Moments::new(&params, true);
+            assert!(parted.upload(&params, &other, step).is_err(), "moments of another kind");
+            continue;
+        }
         parted = CudaTrainer::new(emulator.clone(), &params, &moments, parted.step, f32).unwrap();
     }
     assert!(whole.download().unwrap() == parted.download().unwrap(), "not the same bits");

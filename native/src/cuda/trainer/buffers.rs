@@ -35,6 +35,16 @@ impl Arrays {
         })
     }
 
+    pub(super) fn write(&self, tensors: &Tensors) -> Result<()> {
+        self.w_enc.write(&tensors.w_enc)?;
+        self.b_enc.write(&tensors.b_enc)?;
+        self.w_dec.write(&tensors.w_dec)?;
+        self.b_dec.write(&tensors.b_dec)?;
+        self.own[0].write(&tensors.own[0])?;
+        self.own[1].write(&tensors.own[1])?;
+        self.w_skip.write(&tensors.w_skip)
+    }
+
     pub(super) fn read_into(&self, tensors: &mut Tensors) -> Result<()> {
         self.w_enc.read_into(&mut tensors.w_enc)?;
         self.b_enc.read_into(&mut tensors.b_enc)?;

@@ -140,10 +140,6 @@ impl CudaTrainer {
             "thresholds of {n_layers} layers; at most {MAX_LAYERS} are supported"
         );
         let shape = Shape::new(d_in, d_out);
-        let steps = |steps: &[u64]| {
-            let steps: Vec<u32> = steps.iter().map(|&step| u32::try_from(step).unwrap_or(u32::MAX)).collect();
-            Buffer::of(&device, &steps)
-        };
         let n_parts = n.div_ceil(geometry::latents_of_block(n));
         let floats = |n: usize| Buffer::zeros::<f32>(&device, n);
         let fixed = Fixed {
@@ -167,18 +163,12 @@ impl CudaTrainer {
             stretch_weights: floats(64)?,
             g_skip: floats(params.tensors.w_skip.len())?,
         };
-        // The lengths say how many latents and layers there are.
-        let own = [vec![0.0; n * n_layers], Vec::new()];
-        let about = Params {
-            tensors: Tensors { b_enc: vec![0.0; n], own, ..Tensors::zeros(0, 0, 0, false) },
-            ..params.clone()
-        };
         Ok(Self {
             params: Arrays::of(&device, &params.tensors)?,
             first: moments.first.as_ref().map(|first| Arrays::of(&device, first)).transpose()?,
             second: Arrays::of(&device, &moments.second)?,
-            weights_step: steps(&moments.weights_step)?,
-            own_step: steps(&moments.own_step)?,
+            weights_step: Buffer::of(&device, &narrow(&moments.weights_step))?,
+            own_step: Buffer::of(&device, &narrow(&moments.own_step))?,
             capacity: geometry::first_capacity(n),
             workspace: None,
             batch: None,
@@ -187,7 +177,7 @@ impl CudaTrainer {
             skip: !params.tensors.w_skip.is_empty(),
             device,
             shape,
-            about,
+            about: about(params),
             fixed,
             options: options.into(),
             smallest: 0.0,
@@ -216,12 +206,23 @@ impl CudaTrainer {
         Ok((params, moments))
     }
 
-    /// Goes on from other parameters and moments of the same shapes.
+    /// Goes on from other parameters and moments of the same shapes, in the same memory.
     ///
     /// # Errors
-    /// If the device fails.
+    /// If shapes differ, or the device fails.
     pub fn upload(&mut self, params: &Params, moments: &Moments, step: u64) -> Result<()> {
-        *self = Self::new(Arc::clone(&self.device), params, moments, step, self.options)?;
+        let shape = |params: &Params| (params.n_latents(), params.n_layers(), params.d_in, params.d_out);
+        let same = shape(params) == shape(&self.about) && moments.first.is_some() == self.first.is_some();
+        ensure!(same, "parameters of another shape than those that are trained");
+        self.params.write(&params.tensors)?;
+        self.second.write(&moments.second)?;
+        if let (Some(first), Some(values)) = (&self.first, &moments.first) {
+            first.write(values)?;
+        }
+        self.weights_step.write(&narrow(&moments.weights_step))?;
+        self.own_step.write(&narrow(&moments.own_step))?;
+        self.about = about(params);
+        (self.batch, self.told, self.smallest, self.step) = (None, Step::default(), 0.0, step);
         Ok(())
     }
 
@@ -257,4 +258,18 @@ impl CudaTrainer {
         let told = [Argument::Bytes(bytemuck::bytes_of(&self.told))];
         self.device.launch(kernel, self.shape, blocks, &[&told, more].concat())
     }
+}
+
+/// What is said of a dictionary besides its numbers; lengths say how many latents and layers there are.
+fn about(params: &Params) -> Params {
+    let (n, n_layers) = (params.n_latents(), params.n_layers());
+    let own = [vec![0.0; n * n_layers], Vec::new()];
+    let tensors = Tensors { b_enc: vec![0.0; n], own, ..Tensors::zeros(0, 0, 0, false) };
+    let Params { d_in, d_out, latents, pre_bias, encoder_bias, .. } = *params;
+    Params { d_in, d_out, tensors, latents, pre_bias, encoder_bias }
+}
+
+/// Numbers of steps as the kernels have them.
+fn narrow(steps: &[u64]) -> Vec<u32> {
+    steps.iter().map(|&step| u32::try_from(step).unwrap_or(u32::MAX)).collect()
 }
